@@ -1,0 +1,591 @@
+"""
+DiP: Taming Diffusion Models in Pixel Space, in one file.
+
+A diffusion transformer cuts the image into large patches, one token each, and decides what
+goes where.  A small Patch Detailer Head then looks at every noisy patch again, pixel by pixel,
+with its token at hand, and draws the detail that a token is too coarse to carry (Sec. 3.3, Fig. 6).
+
+    x_t (B, 3, H, W) --> patchify --> (B, N, 3, P, P) -------------.
+                                            |                      |  noisy pixels
+                                          embed                    |
+                                            |                      v
+                                  s (B, N, D) --> [L blocks] --> head --> unpatchify --> v
+                                                      ^            |
+    t, y --> embed --> c (B, D) ----------------------'            |
+                                       global: patches talk     local: patches do not
+
+Conventions, stated here once:
+    * Images are float (B, 3, H, W) in [-1, 1]; labels are int64 (B,).  Label `num_classes`
+      is the null class, "no label", which guidance needs.
+    * Eq. (6): x_t = (1 - t) x_0 + t eps.  t = 0 is data, t = 1 is noise, t is float (B,) in [0, 1].
+    * The model returns the velocity v = d x_t / dt = eps - x_0; sampling walks from t = 1 to t = 0.
+    * Patches are in row-major order.  H and W need not be equal; both must be multiples of P.
+    * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, D token width.
+      Inside a head: M inputs at a time (M = B N patches, or B images) and C, the head's width.
+
+Equations, tables and sections are those of the paper (arXiv 2511.18822).  `# paper silent` marks
+where it leaves a choice open or contradicts itself; the README collects the reasons.
+
+`python dip.py` prints the size and cost of every preset beside the paper's size.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -------------------------------------------------------------------------------------------------
+# Configuration
+
+HEAD_SIZES = {           # (head_width, head_depth) where the configuration does not say
+    "none": (0, 0),
+    "unet": (64, 4),         # base channels, down/up-sampling stages: Table 4
+    "mlp": (1280, 2),        # paper silent: hidden size and layers that give the 630 M of Table 2
+    "coordinate": (64, 4),   # width, blocks: PixNerd, and the 700 M of Table 2
+    "attention": (64, 10),   # paper silent: width, blocks; 630 M with the fewest operations
+}
+ATTENTION_HEAD_DIM = 16  # inside the intra-patch attention head
+
+
+def check_choice(field, value, choices):
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{field}={value!r} is not one of: {', '.join(map(str, choices))}")
+
+
+def check_multiple(field, value, divisor, divisor_name):
+    """Refuse a value that is not a positive multiple of the divisor; name the nearest."""
+    if value % divisor or value < divisor:
+        below = value // divisor * divisor
+        fits = ", ".join(str(n) for n in (below, below + divisor) if n > 0)
+        raise ValueError(f"{field}={value} is not a multiple of {divisor_name}={divisor}; "
+                         f"nearest that fit: {fits}")
+
+
+@dataclass(frozen=True)
+class DiPConfig:
+    """Everything that shapes the network.  The defaults are DiP-XL/16 of Table 4."""
+
+    image_size: int = 256        # H = W in pixels at training; sampling takes any rectangle
+    patch_size: int = 16         # P
+    hidden_size: int = 1152      # D
+    depth: int = 26              # L, transformer blocks
+    num_heads: int = 16
+    num_classes: int = 1000
+    head: str = "unet"           # Table 2: unet, mlp, coordinate, attention; none = DiT-only
+    head_width: int | None = None    # Fig. 10a: base channels; None = the head's own default
+    head_depth: int | None = None    # Fig. 10a: down/up-sampling stages, or layers
+    head_input: str = "patch"    # Fig. 11: patch, or image
+    placement: str = "post-hoc"  # Fig. 5: post-hoc, intermediate, hybrid
+    prediction: str = "v"        # what the network's last layer draws: velocity v, or clean image x
+    repa_dim: int = 0            # REPA: width of the frozen encoder's tokens; 0 = no REPA
+
+    def __post_init__(self):
+        check_choice("head", self.head, tuple(HEAD_SIZES))
+        for field, default in zip(("head_width", "head_depth"), HEAD_SIZES[self.head]):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)         # the way round frozen=True
+        optional = {"repa_dim"} | ({"head_width", "head_depth"} if self.head == "none" else set())
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in optional else 1
+            if field.type is not str and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{field.name}={value!r} must be a whole number, at least {least}")
+        check_choice("head_input", self.head_input, ("patch", "image"))
+        check_choice("placement", self.placement, ("post-hoc", "intermediate", "hybrid"))
+        check_choice("prediction", self.prediction, ("v", "x"))
+        check_multiple("image_size", self.image_size, self.patch_size, "patch_size")
+        check_multiple("hidden_size", self.hidden_size, 4 * self.num_heads, "4 * num_heads")
+        if self.head == "unet":
+            check_multiple("patch_size", self.patch_size, 2**self.head_depth, "2 ** head_depth")
+        if self.head == "attention":
+            check_multiple("head_width", self.head_width, ATTENTION_HEAD_DIM, "its head size")
+        if self.head_input == "image" and self.head != "unet":
+            raise ValueError(f"head_input='image' needs head='unet', not head={self.head!r}")
+        if self.placement != "post-hoc" and (self.head == "none" or self.depth < 2):
+            raise ValueError(f"placement={self.placement!r} needs a head and depth >= 2; "
+                             f"head={self.head!r}, depth={self.depth}")
+
+    def replace(self, **changes):
+        """A copy with some fields changed.  Unlike with dataclasses.replace, a new kind of head
+        brings its own default width and depth."""
+        if changes.get("head", self.head) != self.head:
+            changes = {"head_width": None, "head_depth": None} | changes
+        return dataclasses.replace(self, **changes)
+
+
+XL = DiPConfig()
+PRESETS = {
+    # Table 2, the DiT-only baselines
+    "DiT-XL/16": XL.replace(head="none"),
+    "DiT-XL-deep/16": XL.replace(head="none", depth=32),
+    "DiT-XL-1280/16": XL.replace(head="none", hidden_size=1280),
+    "DiT-XL-1536/16": XL.replace(head="none", hidden_size=1536),
+    # Table 2, the heads; Table 3, 512 x 512
+    "DiP-XL/16": XL,
+    "DiP-XL/16-mlp": XL.replace(head="mlp"),
+    "DiP-XL/16-coordinate": XL.replace(head="coordinate"),
+    "DiP-XL/16-attention": XL.replace(head="attention"),
+    "DiP-XL/32": XL.replace(image_size=512, patch_size=32),
+    # Smaller budgets, not in the paper: the usual sizes of vision transformers, with narrower heads
+    "DiP-L/16": XL.replace(hidden_size=1024, depth=24, head_width=48),
+    "DiP-B/16": XL.replace(hidden_size=768, depth=12, num_heads=12, head_width=32),
+    "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
+    "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),
+    # For a CPU
+    "DiP-Nano/16": XL.replace(image_size=48, hidden_size=192, depth=6, num_heads=6, num_classes=10,
+                              head_width=8, prediction="x"),
+}
+
+# -------------------------------------------------------------------------------------------------
+# Patches: one pair of functions, inverse to each other, for everybody
+
+
+def patchify(x, P):
+    """Cut images into squares, row by row.  x (B, 3, H, W) -> (B, N, 3, P, P)"""
+    for side, size in zip(("height", "width"), x.shape[-2:]):
+        check_multiple(f"image {side}", size, P, "patch_size")
+    x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))        # (B, 3, H/P, P, W/P, P)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)         # (B, N, 3, P, P)
+
+
+def unpatchify(patches, size):
+    """Put the squares back.  patches (B, N, 3, P, P), size (H, W) -> (B, 3, H, W)"""
+    H, W = size
+    P = patches.shape[-1]
+    x = patches.unflatten(1, (H // P, W // P))               # (B, H/P, W/P, 3, P, P)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+# -------------------------------------------------------------------------------------------------
+# Embeddings: when (t), where (rows and columns)
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1] as 128 cosines and 128 sines of geometric frequency, then an MLP."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+
+    def forward(self, t):
+        """t (B,) -> (B, D)"""
+        # paper silent: frequencies 1000 to 0.1, those of DiT, whose t runs to 1000
+        k = torch.arange(128, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * 1000 * 10000 ** (-k / 128)     # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+def rope_angles(rows, columns, d, device=None):
+    """Rotary angles of a grid of tokens: d/4 of them by row, d/4 by column.  -> (N, d/2)"""
+    # paper silent: integer positions; DDT spreads them over [0, 16], on 16 x 16 a step of 16/15
+    frequencies = 10000 ** (-torch.arange(d // 4, device=device) / (d // 4))
+    row, column = torch.meshgrid(torch.arange(rows, device=device),
+                                 torch.arange(columns, device=device), indexing="ij")
+    return torch.cat([row.flatten()[:, None] * frequencies,              # (N, d/4)
+                      column.flatten()[:, None] * frequencies], dim=1)   # (N, d/4)
+
+
+def rotate(x, rope):
+    """Turn each pair (x_i, x_{i + d/2}) by its angle.  x (..., N, d), rope = cos, sin (N, d/2)"""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------
+# The transformer block of DDT, "we use DDT [55]" (Sec. 4.1)
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens; queries and keys normalised, then rotated by position."""
+
+    def __init__(self, D, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.q_norm = nn.RMSNorm(D // num_heads, eps=1e-6)   # eps: DDT
+        self.k_norm = nn.RMSNorm(D // num_heads, eps=1e-6)
+        self.out = nn.Linear(D, D)
+
+    def forward(self, s, rope):
+        """s (B, N, D), rope = cos, sin (N, d/2) -> (B, N, D)    with d = D / num_heads"""
+        q, k, v = self.qkv(s).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rotate(self.q_norm(q), rope).type_as(v)          # (B, heads, N, d)
+        k = rotate(self.k_norm(k), rope).type_as(v)          # rotated in float32 under autocast
+        s = F.scaled_dot_product_attention(q, k, v)
+        return self.out(s.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP of hidden size 2/3 4D, as many parameters as a plain one of 4D."""
+
+    def __init__(self, D):
+        super().__init__()
+        hidden = 8 * D // 3
+        self.gate = nn.Linear(D, hidden, bias=False)
+        self.value = nn.Linear(D, hidden, bias=False)
+        self.out = nn.Linear(hidden, D, bias=False)
+
+    def forward(self, s):
+        """s (B, N, D) -> (B, N, D)"""
+        return self.out(F.silu(self.gate(s)) * self.value(s))
+
+
+def modulate(s, shift, scale):
+    """s (B, N, D), shift and scale (B, D) -> (B, N, D)"""
+    return s * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, D, num_heads, condition_dim):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(D, eps=1e-6)
+        self.attention = Attention(D, num_heads)
+        self.norm2 = nn.RMSNorm(D, eps=1e-6)
+        self.mlp = SwiGLU(D)
+        self.adaLN = nn.Linear(condition_dim, 6 * D)
+
+    def forward(self, s, c, rope):
+        """s (B, N, D), c (B, condition_dim) -> (B, N, D)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)    # (B, D)
+        s = s + gate1[:, None] * self.attention(modulate(self.norm1(s), shift1, scale1), rope)
+        s = s + gate2[:, None] * self.mlp(modulate(self.norm2(s), shift2, scale2))
+        return s
+
+
+# -------------------------------------------------------------------------------------------------
+# Patch Detailer Heads (Sec. 3.4, Table 2).  Each one maps noisy pixels and their context to pixels:
+#
+#     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)
+#
+# Patch input: M = B N patches of P x P pixels, each with one token (h' = w' = 1) and deaf to the
+# others.  Image input: M = B images with their whole map of tokens.
+
+
+class UNetHead(nn.Module):
+    """Convolutional U-Net (Fig. 6, Table 4): a patch of 16 goes down to 1 x 1, meets its token, and
+    comes up again.  With other patches, depths or inputs the bottleneck may be wider than that."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, depth, D = config.head_width, config.head_depth, config.hidden_size
+        down = [C * 2**i for i in range(depth)]              # 64, 128, 256, 512
+        up = [C, *down[:-1]]                                 # 64,  64, 128, 256, deepest last
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([3, *down], down))
+        self.pool = nn.MaxPool2d(2)          # paper silent: max or average
+        # paper silent: Sec. 4.1 says kernel 3, but only 1 x 1 adds no more than "0.3 %"
+        self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)
+        self.up = nn.ModuleList(nn.Conv2d(2 * i, o, 3, padding=1)
+                                for i, o in zip(down[::-1], up[::-1]))
+        self.out = nn.Conv2d(C, 3, 1)
+
+    def forward(self, x, s):
+        """x (M, 3, h, w), s (M, D, h', w') -> (M, 3, h, w);  shapes beside: Table 4, h = w = 16"""
+        x = x.contiguous(memory_format=torch.channels_last)  # faster on many small maps
+        skips = []
+        for conv in self.down:
+            x = F.silu(conv(x))
+            skips.append(x)                                  # (M, 64, 16, 16) ... (M, 512, 2, 2)
+            x = self.pool(x)                                 # (M, 64,  8,  8) ... (M, 512, 1, 1)
+        s = F.interpolate(s, size=x.shape[-2:], mode="nearest")      # (M, D, 1, 1), or copies of it
+        x = F.silu(self.bottleneck(torch.cat([x, s.type_as(x)], dim=1)))
+        for conv in self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = F.silu(conv(torch.cat([x, skips.pop()], dim=1)))
+                                                             # (M, 256, 2, 2) ... (M, 64, 16, 16)
+        return self.out(x)                                   # (M, 3, 16, 16)
+
+
+class MLPHead(nn.Module):
+    """Standard MLP on the token and the flattened patch: no idea of which pixels are neighbours."""
+
+    def __init__(self, config):
+        super().__init__()
+        pixels = 3 * config.patch_size**2
+        hidden = [config.head_width] * config.head_depth
+        widths = [config.hidden_size + pixels, *hidden]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, hidden))
+        self.out = nn.Linear(hidden[-1], pixels)
+
+    def forward(self, x, s):
+        """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
+        h = torch.cat([s.flatten(1), x.flatten(1)], dim=1)   # (M, D + 3PP)
+        for layer in self.layers:
+            h = F.silu(layer(h))                             # (M, C)
+        return self.out(h).view(x.shape)
+
+
+class CoordinateHead(nn.Module):
+    """Coordinate-based MLP, after PixNerd (arXiv 2507.23268): a hypernetwork.  The token writes the
+    weights of a small residual MLP, which every pixel then runs on its own colour and position."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, P, depth = config.head_width, config.patch_size, config.head_depth
+        self.C = C
+        position = (torch.arange(P) + 0.5) / P
+        cosines = torch.cos(math.pi * position[:, None] * torch.arange(8))           # (P, 8) DCT-II
+        basis = torch.einsum("ia,jb->ijab", cosines, cosines).reshape(P * P, 64)     # (PP, 64)
+        self.register_buffer("basis", basis, persistent=False)
+        self.embed = nn.Linear(3 + 64, C)
+        self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-6) for _ in range(depth))
+        # paper silent: no bias, as everywhere in the backbone; Linear(1152, 16384) four times
+        self.writers = nn.ModuleList(nn.Linear(config.hidden_size, 4 * C * C, bias=False)
+                                     for _ in range(depth))
+        self.norm = nn.RMSNorm(C, eps=1e-6)
+        self.out = nn.Linear(C, 3)
+
+    def forward(self, x, s):
+        """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
+        M, C = len(x), self.C
+        colour = x.flatten(2).transpose(1, 2)                                # (M, PP, 3)
+        h = self.embed(torch.cat([colour, self.basis.expand(M, -1, -1)], dim=2))     # (M, PP, C)
+        for norm, writer in zip(self.norms, self.writers):
+            w1, w2 = writer(s.flatten(1)).chunk(2, dim=1)                    # (M, 2CC) each
+            w1 = F.normalize(w1.view(M, C, 2 * C), dim=1)                    # columns of length 1
+            w2 = F.normalize(w2.view(M, 2 * C, C), dim=1)
+            h = h + F.silu(norm(h) @ w1) @ w2                                # (M, PP, C)
+        return self.out(self.norm(h)).transpose(1, 2).reshape(x.shape)
+
+
+class AttentionHead(nn.Module):
+    """Intra-patch attention: the backbone's block again, with the pixels of one patch as tokens and
+    the patch's own token as condition."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.head_width
+        self.embed = nn.Linear(3, C)
+        self.blocks = nn.ModuleList(Block(C, C // ATTENTION_HEAD_DIM, config.hidden_size)
+                                    for _ in range(config.head_depth))
+        self.norm = nn.RMSNorm(C, eps=1e-6)
+        self.out = nn.Linear(C, 3)
+
+    def forward(self, x, s):
+        """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
+        angles = rope_angles(*x.shape[-2:], ATTENTION_HEAD_DIM, x.device)    # (PP, 8)
+        rope = angles.cos(), angles.sin()
+        c = F.silu(s.flatten(1))                                             # (M, D)
+        h = self.embed(x.flatten(2).transpose(1, 2))                         # (M, PP, C)
+        for block in self.blocks:
+            h = block(h, c, rope)
+        return self.out(self.norm(h)).transpose(1, 2).reshape(x.shape)
+
+
+HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attention": AttentionHead}
+
+# -------------------------------------------------------------------------------------------------
+# From tokens to pixels: with a head, or as the plain DiT does
+
+
+class DetailLayer(nn.Module):
+    """A Patch Detailer Head with its inputs laid out: patch by patch, or the image (Fig. 11)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.P, self.head_input = config.patch_size, config.head_input
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)     # paper silent: tokens normalised
+        self.head = HEADS[config.head](config)
+
+    def forward(self, x_t, s, c):
+        """x_t (B, 3, H, W), s (B, N, D) -> (B, 3, H, W);  c is not needed, the tokens know it"""
+        H, W = x_t.shape[-2:]
+        s = self.norm(s)
+        if self.head_input == "image":
+            return self.head(x_t, s.transpose(1, 2).unflatten(2, (H // self.P, W // self.P)))
+        patches = patchify(x_t, self.P)                                      # (B, N, 3, P, P)
+        pixels = self.head(patches.flatten(0, 1), s.flatten(0, 1)[:, :, None, None])
+        return unpatchify(pixels.unflatten(0, patches.shape[:2]), (H, W))
+
+
+class FinalLayer(nn.Module):
+    """DiT's own last layer: each token is mapped linearly to the 3PP numbers of its patch."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.P = config.hidden_size, config.patch_size
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.adaLN = nn.Linear(D, 2 * D)
+        self.linear = nn.Linear(D, 3 * self.P**2)
+
+    def forward(self, x_t, s, c):
+        """x_t (B, 3, H, W), for its size alone, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
+        shift, scale = self.adaLN(c).chunk(2, dim=-1)
+        pixels = self.linear(modulate(self.norm(s), shift, scale))           # (B, N, 3PP)
+        return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
+
+
+# -------------------------------------------------------------------------------------------------
+# The model
+
+REPA_BLOCK = 8           # paper silent: the tokens after this block are aligned (REPA)
+REPA_WEIGHT = 0.5        # paper silent: their loss counts this much beside Eq. (5) (REPA)
+MIN_TIME = 0.05          # prediction="x": x_t - x is divided by t, but by no less than this
+
+
+class DiP(nn.Module):
+    """Velocity field of Eq. (5): a DiT over patches, detailed by a Patch Detailer Head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, P = config.hidden_size, config.patch_size
+        self.embed = nn.Linear(3 * P * P, D)
+        self.time = TimeEmbedding(D)
+        self.label = nn.Embedding(config.num_classes + 1, D)         # last row: the null class
+        self.blocks = nn.ModuleList(Block(D, config.num_heads, D) for _ in range(config.depth))
+        # Fig. 5: the head after the last block (post-hoc), between two blocks, or both (hybrid)
+        ends_plain = config.head == "none" or config.placement == "intermediate"
+        self.last = FinalLayer(config) if ends_plain else DetailLayer(config)
+        self.inject_after = None
+        if config.placement != "post-hoc":
+            self.inject_after = config.depth // 2            # paper silent: between which blocks
+            self.inject_detail = DetailLayer(config)
+            self.inject_embed = nn.Linear(3 * P * P, D)      # "projected back" (Sec. 3.4)
+        self.repa_after = min(REPA_BLOCK, config.depth)
+        if config.repa_dim:
+            self.repa_projector = nn.Sequential(             # paper silent: 3 layers of 2048 (REPA)
+                nn.Linear(D, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
+                nn.Linear(2048, config.repa_dim))
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """All initialisation there is, each rule after the ones it overrides.
+
+        | tensor                                           | initialisation                       |
+        |--------------------------------------------------|--------------------------------------|
+        | every Linear                                     | Xavier uniform, bias 0 (DiT)         |
+        | label table, time MLP                            | N(0, 0.02), bias 0 (DiT)             |
+        | U-Net and MLP heads, their last layers too       | He normal, bias 0                    |
+        | adaLN                                            | 0: a fresh block is the identity     |
+        | DiT's last Linear                                | 0: a fresh DiT predicts 0            |
+        | the way back of an injection                     | 0: a fresh injection adds nothing    |
+        | norms                                            | 1, as PyTorch makes them             |
+        """
+        # paper silent: the head's initialisation; measured in experiments/head_init.py
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, (nn.Conv2d, MLPHead)):
+                for weight in (p for p in module.parameters() if p.ndim > 1):
+                    nn.init.kaiming_normal_(weight, nonlinearity="relu")
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (Block, FinalLayer)):
+                nn.init.zeros_(module.adaLN.weight)
+            if isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
+        if self.inject_after is not None:
+            nn.init.zeros_(self.inject_embed.weight)
+
+    def forward(self, x_t, t, y, align=False):
+        """Velocity of every pixel (Eq. 5).  x_t (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
+
+        With align=True also what REPA compares: (v, projected tokens (B, repa_dim, H/P, W/P)).
+        """
+        P, D, num_heads = self.config.patch_size, self.config.hidden_size, self.config.num_heads
+        patches = patchify(x_t, P)                               # (B, N, 3, P, P)
+        rows, columns = x_t.shape[-2] // P, x_t.shape[-1] // P
+        angles = rope_angles(rows, columns, D // num_heads, x_t.device)
+        rope = angles.cos(), angles.sin()                        # (N, d/2) each
+        c = F.silu(self.time(t) + self.label(y))                 # (B, D)       how noisy, and what
+        s = self.embed(patches.flatten(2)).float()               # (B, N, D)    float32 residuals
+        for i, block in enumerate(self.blocks, start=1):
+            s = block(s, c, rope)                                # (B, N, D)    global: patches talk
+            if align and i == self.repa_after:
+                tokens = self.repa_projector(s).transpose(1, 2).unflatten(2, (rows, columns))
+            if i == self.inject_after:
+                detail = self.inject_detail(x_t, s, c)           # (B, 3, H, W)
+                s = s + self.inject_embed(patchify(detail, P).flatten(2))
+        v = self.last(x_t, s, c).float()                         # (B, 3, H, W) local: they do not
+        if self.config.prediction == "x":    # the last layer drew a clean image: x_t - x_0 = t v
+            v = (x_t - v) / t.clamp(min=MIN_TIME)[:, None, None, None]
+        return (v, tokens) if align else v
+
+
+# -------------------------------------------------------------------------------------------------
+# Flow matching
+
+
+def interpolate(x_0, noise, t):
+    """Eq. (6): x_t = (1 - t) x_0 + t eps.  x_0, noise (B, 3, H, W), t (B,) -> (B, 3, H, W)"""
+    t = t[:, None, None, None]
+    return (1 - t) * x_0 + t * noise
+
+
+def logit_normal_time(z, mean=0.0, std=1.0):
+    """t in (0, 1) whose logit is normal, from z ~ N(0, 1).  (B,) -> (B,)"""
+    return torch.sigmoid(mean + std * z)     # paper silent: mean 0, std 1 as in SD3 and DDT
+
+
+def drop_labels(y, u, num_classes, rate=0.1):
+    """Replace a share of the labels by the null class, so that one network learns both fields that
+    guidance needs.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
+    return torch.where(u < rate, num_classes, y)     # paper silent: rate 0.1 (DiT)
+
+
+def flow_matching_loss(model, x_0, y, t, noise, features=None):
+    """Eq. (5), image by image, and the alignment loss of REPA: (flow, repa), each (B,).
+
+        flow = mean over pixels of |v_theta(x_t, t) - (eps - x_0)|^2
+        repa = mean over patches of 1 - cos(projected token, feature),  0 without features
+
+    x_0, noise (B, 3, H, W), y (B,), t (B,), features (B, repa_dim, h, w): the patch features of a
+    frozen encoder, resampled here to the model's grid.  To be summed as flow + REPA_WEIGHT * repa.
+    """
+    x_t, target = interpolate(x_0, noise, t), noise - x_0            # (B, 3, H, W) each
+    if features is None:
+        flow = (model(x_t, t, y) - target).square().mean(dim=(1, 2, 3))
+        return flow, torch.zeros_like(flow)
+    v, tokens = model(x_t, t, y, align=True)                         # (B, repa_dim, H/P, W/P)
+    features = F.interpolate(features.float(), tokens.shape[-2:], mode="bilinear", antialias=True)
+    flow = (v - target).square().mean(dim=(1, 2, 3))
+    return flow, 1 - F.cosine_similarity(tokens.float(), features, dim=1).mean(dim=(1, 2))
+
+
+# -------------------------------------------------------------------------------------------------
+# `python dip.py`
+
+PAPER_MILLIONS = {       # Tables 1, 2 and 3
+    "DiT-XL/16": 629, "DiT-XL-deep/16": 772, "DiT-XL-1280/16": 776, "DiT-XL-1536/16": 1100,
+    "DiP-XL/16": 631, "DiP-XL/16-mlp": 630, "DiP-XL/16-coordinate": 700, "DiP-XL/16-attention": 630,
+    "DiP-XL/32": 631,
+}
+
+
+def cost(config):
+    """(parameters, operations of one forward of one image), on the meta device: no memory needed.
+
+    Operations are those of matrix products and convolutions, a multiply-add counted as 2.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = DiP(config)
+        image = torch.empty(1, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(image, torch.empty(1), torch.empty(1, dtype=torch.long))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def main():
+    print(f"{'preset':<22}{'image':>6}{'tokens':>8}{'GFLOPs':>9}{'parameters':>13}{'paper':>9}")
+    for name, config in PRESETS.items():
+        parameters, flops = cost(config)
+        tokens = (config.image_size // config.patch_size) ** 2
+        paper = f"{PAPER_MILLIONS[name]} M" if name in PAPER_MILLIONS else "-"
+        print(f"{name:<22}{config.image_size:>6}{tokens:>8}{flops / 1e9:>9.1f}"
+              f"{parameters / 1e6:>11.1f} M{paper:>9}")
+    print("GFLOPs: one forward of one image, a multiply-add counted as 2; paper: Tables 1 to 3")
+
+
+if __name__ == "__main__":
+    main()
