@@ -1,0 +1,511 @@
+"""Chapter 5: a run is a function of its options."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import sample
+import train
+from train import Examples, FolderData, ShapesData, center_crop, positions, update_ema
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--model",
+    "DiP-Nano/16",
+    "--set",
+    "hidden_size=16",
+    "depth=2",
+    "num_heads=2",
+    "head_depth=2",
+    "head_width=4",
+    "patch_size=4",
+    "--image-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--lr",
+    "1e-3",
+    "--device",
+    "cpu",
+]
+
+
+def run(monkeypatch, module, *arguments):
+    """A command in this process: `python module.py arguments`."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    module.main()
+
+
+def torchrun(processes, script, *arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(ROOT / script),
+        *map(str, arguments),
+    ]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def checkpoint(folder):
+    return torch.load(sample.newest_checkpoint(folder), weights_only=True)
+
+
+def flat(tree):
+    """All tensors and numbers in a nested dict, by path."""
+    if isinstance(tree, dict):
+        return {
+            f"{key}.{path}": leaf for key, sub in tree.items() for path, leaf in flat(sub).items()
+        }
+    if isinstance(tree, (list, tuple)):
+        return flat(dict(enumerate(tree)))
+    return {"": tree}
+
+
+def assert_same(a, b, **tolerance):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        if torch.is_tensor(a[path]):
+            torch.testing.assert_close(
+                a[path], b[path], msg=lambda text: f"{path}: {text}", **tolerance
+            )
+
+
+# --- the embedded data --------------------------------------------------------------------------
+
+
+def test_neither_shape_nor_texture_alone_tells_the_class():
+    """Every shape comes with two textures, every texture on two shapes, every pair once."""
+    pairs = ShapesData.pairs
+    assert len(set(pairs)) == len(set(ShapesData.names)) == 10
+    for side in (0, 1):
+        parts = [pair[side] for pair in pairs]
+        assert all(parts.count(part) == 2 for part in parts)
+
+
+@settings(max_examples=20, deadline=None)
+@given(index=st.integers(0, 10**6), size=st.sampled_from([16, 48, 100]))
+def test_an_embedded_image_is_a_function_of_its_index(index, size):
+    image = ShapesData(size).image(index)
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8
+    assert np.array_equal(image, ShapesData(size).image(index))
+    assert not np.array_equal(image, ShapesData(size).image(index + 10))
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_embedded_images_are_antialiased(index):
+    """A pixel is about the mean of what it covers: a drawing is nearer to a fine one averaged down
+    than that fine one merely subsampled is, whose edges are jagged."""
+    fine = ShapesData(512).image(index).astype(float)
+    coarse = ShapesData(64).image(index).astype(float)
+    averaged = fine.reshape(64, 8, 64, 8, 3).mean((1, 3))
+    assert np.abs(coarse - averaged).mean() < 0.5 * np.abs(fine[4::8, 4::8] - averaged).mean()
+
+
+def test_training_and_validation_images_are_different():
+    train_data, val_data = train.open_data(None, 16)
+    assert not any(
+        np.array_equal(train_data.image(i), val_data.image(j)) for i in range(20) for j in range(20)
+    )
+
+
+# --- the image folder ---------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([1, 16, 63, 64]))
+def test_the_crop_has_its_size_whatever_came_in(width, height, size):
+    assert center_crop(Image.new("RGB", (width, height)), size).size == (size, size)
+
+
+def test_the_crop_resizes_first_and_keeps_the_centre():
+    """Forbids cropping without resizing: of three vertical bands the middle one stays whole."""
+    bands = np.zeros((100, 300, 3), dtype=np.uint8)
+    bands[:, 100:200] = 200
+    cropped = np.asarray(center_crop(Image.fromarray(bands), 32))
+    assert (cropped[:, 2:-2] >= 198).all()
+    tall = np.asarray(center_crop(Image.fromarray(bands.transpose(1, 0, 2)), 32))
+    assert np.array_equal(tall, cropped.transpose(1, 0, 2))
+
+
+def test_an_image_of_the_right_size_is_untouched_and_one_of_twice_the_size_is_averaged():
+    """ADM's first step is a box filter: 2 x 2 means, to the rounding of each of its two passes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(center_crop(Image.fromarray(pixels), 64)), pixels)
+    means = pixels.reshape(32, 2, 32, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(np.asarray(center_crop(Image.fromarray(pixels), 32)) - means).max() <= 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of little pictures of many shapes and encodings, and a stray text file."""
+    rng = np.random.default_rng(0)
+    for name, mode in (("n01443537", "RGB"), ("n02509815", "L"), ("zebra finch", "CMYK")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for k in range(4):
+            bands = len(Image.new(mode, (1, 1)).getbands())
+            pixels = rng.integers(0, 256, (20 + k, 30, bands), dtype=np.uint8).squeeze()
+            Image.fromarray(pixels, mode).save(tmp_path / "train" / name / f"{k}.jpg")
+    (tmp_path / "train" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_classes_are_the_sorted_folder_names_and_wnids_get_their_readable_name(folder):
+    data, val = train.open_data(folder, 16)
+    assert val is None
+    assert data.classes == ["n01443537", "n02509815", "zebra finch"]
+    assert data.names == ["goldfish", "lesser panda", "zebra finch"]
+    assert [data.label(i) for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(data.image(i).shape == (16, 16, 3) for i in range(12))
+    assert train.open_data(folder / "train", 16)[0].files == data.files
+
+
+def test_the_thousand_sorted_wnids_are_the_usual_imagenet_indices():
+    """Class 1 is the goldfish, 387 the lesser panda, 964 the potpie (captions of Figs. 13 to 30).
+    Two captions are off: Fig. 16's "tree frog" (30) is 31, Fig. 18's "teddy" (859) is 850."""
+    wnids, names = zip(*train.imagenet_names().items())
+    assert len(wnids) == 1000 and list(wnids) == sorted(wnids)
+    for index, name in (
+        (1, "goldfish"),
+        (13, "junco"),
+        (19, "chickadee"),
+        (31, "tree frog"),
+        (35, "mud turtle"),
+        (81, "ptarmigan"),
+        (107, "jellyfish"),
+        (153, "Maltese dog"),
+        (387, "lesser panda"),
+        (425, "barn"),
+        (437, "beacon"),
+        (441, "beer glass"),
+        (850, "teddy"),
+        (911, "wool"),
+        (927, "trifle"),
+        (938, "cauliflower"),
+        (964, "potpie"),
+        (997, "bolete"),
+    ):
+        assert names[index] == name
+
+
+# --- order and randomness -----------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(
+    world=st.integers(1, 4),
+    passes=st.integers(1, 3),
+    micro=st.integers(1, 3),
+    first=st.integers(0, 5),
+)
+def test_ranks_and_passes_share_out_the_same_global_batch(world, passes, micro, first):
+    """Whatever the machine, step n trains on examples n B ... (n + 1) B - 1, each once."""
+    B = world * passes * micro
+    shares = [list(positions(first, first + 2, B, micro, rank, world)) for rank in range(world)]
+    for step in range(2):
+        dealt = [
+            k
+            for share in shares
+            for part in share[step * passes : (step + 1) * passes]
+            for k in part
+        ]
+        assert sorted(dealt) == list(range((first + step) * B, (first + step + 1) * B))
+
+
+def test_every_epoch_is_a_new_permutation():
+    """Forbids data that is never reshuffled, and sampling with replacement."""
+    examples = Examples(ShapesData(8, length=30), seed=0)
+    epochs = [[examples.index(e * 30 + k) for k in range(30)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [Examples(ShapesData(8, length=30), seed=1).index(k) for k in range(30)] != epochs[0]
+
+
+def test_workers_do_not_change_the_examples():
+    loaders = [
+        DataLoader(
+            Examples(ShapesData(8), seed=0),
+            num_workers=workers,
+            batch_sampler=list(positions(5, 8, 4, 2, 0, 1)),
+        )
+        for workers in (0, 2)
+    ]
+    for one, two in zip(*loaders):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_the_folder_is_flipped_half_the_time_and_the_shapes_never(folder):
+    data = FolderData(folder / "train", 16)
+    examples = Examples(data, seed=0)
+    flipped = 0
+    for k in range(200):
+        image = torch.from_numpy(data.image(examples.index(k))).permute(2, 0, 1).float() / 127.5 - 1
+        x_0 = examples[k][0]
+        assert torch.equal(x_0, image) or torch.equal(x_0, image.flip(-1))
+        flipped += not torch.equal(x_0, image)
+    assert 70 < flipped < 130  # five standard deviations of a fair coin
+    assert torch.equal(
+        Examples(data, 0, "val")[3][0] * 127.5 + 127.5,
+        torch.from_numpy(data.image(3)).permute(2, 0, 1).float(),
+    )
+
+
+def test_the_average_of_weights_warms_up():
+    """decay = min(0.9999, (1 + n) / (10 + n)): the first update keeps a tenth."""
+    ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    ema.weight.data.fill_(0.0)
+    expected = 0.0
+    for step in range(50):
+        model.weight.data.fill_(float(step))
+        update_ema(ema, model, step, 0.8)
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert ema.weight.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+def test_three_steps_and_three_more_are_six_bit_for_bit(monkeypatch, tmp_path, capsys):
+    """Weights, averaged weights, optimizer and log: the same command resumes the same run."""
+    often = ["--sample-every", 3, "--log-every", 3]
+    run(monkeypatch, train, *TINY, *often, "--steps", 6, "--out", tmp_path / "six")
+    run(monkeypatch, train, *TINY, *often, "--steps", 3, "--out", tmp_path / "two")
+    run(monkeypatch, train, *TINY, *often, "--steps", 6, "--out", tmp_path / "two")
+    assert "resumed at step 3" in capsys.readouterr().out
+    six, two = checkpoint(tmp_path / "six"), checkpoint(tmp_path / "two")
+    assert six["step"] == two["step"] == 6
+    for key in ("model", "ema", "optimizer"):
+        assert_same(six[key], two[key], rtol=0, atol=0)
+    logs = [
+        [
+            {k: v for k, v in line.items() if k != "images_per_s"}
+            for line in train.read_log(tmp_path / name)
+        ]
+        for name in ("six", "two")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert {"ckpt-00000006.pt", "log.jsonl", "loss.png", "samples-00000006.png"} <= set(
+        os.listdir(tmp_path / "two")
+    )
+
+
+def test_a_checkpoint_is_builtins_and_tensors_and_says_what_it_is(monkeypatch, tmp_path, folder):
+    run(monkeypatch, train, *TINY, "--steps", 1, "--data", folder, "--out", tmp_path / "run")
+    state = checkpoint(tmp_path / "run")  # weights_only=True
+    assert state["config"]["num_classes"] == 3 and state["names"][0] == "goldfish"
+    leaves = [leaf for key in state for leaf in flat(state[key]).values()]
+    assert all(
+        isinstance(leaf, (torch.Tensor, int, float, str, bool, type(None))) for leaf in leaves
+    )
+
+
+def test_old_checkpoints_are_dropped(monkeypatch, tmp_path):
+    run(
+        monkeypatch,
+        train,
+        *TINY,
+        "--steps",
+        4,
+        "--save-every",
+        1,
+        "--sample-every",
+        4,
+        "--keep",
+        2,
+        "--out",
+        tmp_path,
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
+        "ckpt-00000003.pt",
+        "ckpt-00000004.pt",
+    ]
+
+
+def test_two_processes_and_two_passes_train_the_same_run(monkeypatch, tmp_path):
+    """Up to the order of float sums: forbids seeds by rank, and means of unequal shares."""
+    steps = ["--steps", 4, "--sample-every", 4]
+    run(monkeypatch, train, *TINY, *steps, "--out", tmp_path / "one")
+    run(monkeypatch, train, *TINY, *steps, "--out", tmp_path / "passes", "--micro-batch", 1)
+    torchrun(2, "train.py", *TINY, *steps, "--out", tmp_path / "two", cwd=tmp_path)
+    one = checkpoint(tmp_path / "one")
+    for other in ("passes", "two"):
+        assert_same(one["model"], checkpoint(tmp_path / other)["model"], rtol=1e-4, atol=1e-5)
+        logs = [train.read_log(tmp_path / name) for name in ("one", other)]
+        for key, line in (("loss", 0), ("val_loss", 1)):
+            assert logs[0][line][key] == pytest.approx(logs[1][line][key], rel=1e-5)
+
+
+ENCODER = """
+import torch
+dependencies = ["torch"]
+class Tiny(torch.nn.Module):
+    patch_size = 7
+    def __init__(self):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(3, 6, 7, 7)
+    def forward_features(self, x):
+        return {"x_norm_patchtokens": self.patch(x).flatten(2).transpose(1, 2)}
+def tiny():
+    torch.manual_seed(0)
+    return Tiny()
+"""
+
+
+def test_repa_aligns_with_a_local_encoder_that_stays_out_of_the_checkpoint(monkeypatch, tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(ENCODER)
+    run(
+        monkeypatch,
+        train,
+        *TINY,
+        "--steps",
+        30,
+        "--log-every",
+        10,
+        "--sample-every",
+        30,
+        "--lr",
+        "3e-3",
+        "--out",
+        tmp_path / "run",
+        "--repa",
+        "tiny",
+        "--repa-repo",
+        tmp_path / "hub",
+        "--repa-source",
+        "local",
+    )
+    lines = [line["repa"] for line in train.read_log(tmp_path / "run") if "repa" in line]
+    assert lines[-1] < lines[0]
+    state = checkpoint(tmp_path / "run")
+    assert state["config"]["repa_dim"] == 6
+    assert not any("patch" in key for key in state["model"])
+
+
+# --- samples from a run -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One step of training is enough to sample from."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, train, *TINY, "--steps", 1, "--out", out)
+    return out
+
+
+def export(monkeypatch, trained, out, *more):
+    run(
+        monkeypatch,
+        sample,
+        "--ckpt",
+        trained,
+        "--num-samples",
+        23,
+        "--steps",
+        3,
+        "--batch",
+        5,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        *more,
+    )
+    return np.load(out)
+
+
+def test_the_export_has_balanced_labels_in_turn(monkeypatch, trained, tmp_path):
+    """label = i mod K: forbids uneven counts, and class order, which spoils Inception Score."""
+    file = export(monkeypatch, trained, tmp_path / "s.npz")
+    assert file["arr_0"].shape == (23, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+    assert file["arr_1"].tolist() == [i % 10 for i in range(23)]
+    assert os.listdir(tmp_path) == ["s.npz"]
+
+
+def test_an_interrupted_export_continues(monkeypatch, trained, tmp_path):
+    whole = export(monkeypatch, trained, tmp_path / "whole.npz")["arr_0"]
+    honest, drawn = sample.generate, []
+
+    def breaks(*arguments, **settings):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(arguments)
+        return honest(*arguments, **settings)
+
+    monkeypatch.setattr(sample, "generate", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        export(monkeypatch, trained, tmp_path / "s.npz")
+    assert not (tmp_path / "s.npz").exists()
+    monkeypatch.setattr(sample, "generate", lambda *a, **s: drawn.append(a) or honest(*a, **s))
+    assert np.array_equal(export(monkeypatch, trained, tmp_path / "s.npz")["arr_0"], whole)
+    assert len(drawn) == 5  # 2 before, 3 after: none twice
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(sample, "generate", breaks)
+        drawn.clear()
+        export(monkeypatch, trained, tmp_path / "s.npz")
+    with pytest.raises(ValueError, match="half-done export with other settings"):
+        export(monkeypatch, trained, tmp_path / "s.npz", "--seed", 1)
+
+
+def test_two_processes_export_the_array_of_one(monkeypatch, trained, tmp_path):
+    one = export(monkeypatch, trained, tmp_path / "one.npz")["arr_0"]
+    torchrun(
+        2,
+        "sample.py",
+        "--ckpt",
+        trained,
+        "--num-samples",
+        23,
+        "--steps",
+        3,
+        "--batch",
+        5,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "two.npz",
+        cwd=tmp_path,
+    )
+    assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], one)
+
+
+def test_a_grid_and_a_trajectory_are_drawn(monkeypatch, trained, tmp_path, capsys):
+    run(
+        monkeypatch,
+        sample,
+        "--ckpt",
+        trained,
+        "--class",
+        1,
+        "dotted ring",
+        "--num",
+        3,
+        "--steps",
+        4,
+        "--size",
+        8,
+        24,
+        "--trajectory",
+        "--out",
+        tmp_path / "g.png",
+    )
+    assert Image.open(tmp_path / "g.png").width > 3 * 24
+    assert Image.open(tmp_path / "g-trajectory.png").width > 4 * 24
+    assert "checked disc, dotted ring" in capsys.readouterr().out
