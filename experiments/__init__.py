@@ -1,0 +1,1 @@
+"""Experiments at laptop scale, one file each: `python -m experiments.NAME --help`."""
