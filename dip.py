@@ -213,8 +213,8 @@ class Attention(nn.Module):
     def forward(self, s, rope):
         """s (B, N, D), rope = cos, sin (N, d/2) -> (B, N, D)    with d = D / num_heads"""
         q, k, v = self.qkv(s).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = rotate(self.q_norm(q), rope).type_as(v)          # (B, heads, N, d)
-        k = rotate(self.k_norm(k), rope).type_as(v)          # rotated in float32 under autocast
+        q = rotate(self.q_norm(q.float()), rope).type_as(v)  # (B, heads, N, d)
+        k = rotate(self.k_norm(k.float()), rope).type_as(v)  # float32 inside, whatever autocast does
         s = F.scaled_dot_product_attention(q, k, v)
         return self.out(s.transpose(1, 2).flatten(2))
 
@@ -344,7 +344,7 @@ class CoordinateHead(nn.Module):
         """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
         M, C = len(x), self.C
         colour = x.flatten(2).transpose(1, 2)                                # (M, PP, 3)
-        h = self.embed(torch.cat([colour, self.basis.expand(M, -1, -1)], dim=2))     # (M, PP, C)
+        h = self.embed(torch.cat([colour, self.basis.expand(M, -1, -1)], dim=2)).float()
         for norm, writer in zip(self.norms, self.writers):
             w1, w2 = writer(s.flatten(1)).chunk(2, dim=1)                    # (M, 2CC) each
             w1 = F.normalize(w1.view(M, C, 2 * C), dim=1)                    # columns of length 1
@@ -371,7 +371,7 @@ class AttentionHead(nn.Module):
         angles = rope_angles(*x.shape[-2:], ATTENTION_HEAD_DIM, x.device)    # (PP, 8)
         rope = angles.cos(), angles.sin()
         c = F.silu(s.flatten(1))                                             # (M, D)
-        h = self.embed(x.flatten(2).transpose(1, 2))                         # (M, PP, C)
+        h = self.embed(x.flatten(2).transpose(1, 2)).float()                 # (M, PP, C)
         for block in self.blocks:
             h = block(h, c, rope)
         return self.out(self.norm(h)).transpose(1, 2).reshape(x.shape)

@@ -452,7 +452,7 @@ def export(model, state, options, rank, world):
     for indices, file in tqdm(mine, "exporting", unit="batch", disable=rank > 0):
         if not file.exists():
             x = generate(model, [i % K for i in indices], list(indices), **options.settings())
-            save_atomically(file, lambda path: np.save(path.open("wb"), to_uint8(x)))
+            save_atomically(file, lambda path: save_array(path, to_uint8(x)))
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -460,6 +460,11 @@ def export(model, state, options, rank, world):
         save_atomically(out, lambda path: write_npz(path, files, shape, np.arange(N) % K))
         shutil.rmtree(parts)
         print(f"wrote {out}: arr_0 uint8 {shape}, {K} classes in turn")
+
+
+def save_array(path, array):
+    with open(path, "wb") as file:
+        np.save(file, array)
 
 
 def write_npz(path, files, shape, labels):

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
                  logit_normal_time)
-from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, newest_checkpoint,
-                    option, parse_options, random_stream, run_main, save_atomically,
-                    start_processes, to_uint8)
+from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, option,
+                    parse_options, random_stream, run_main, save_atomically, start_processes,
+                    to_uint8)
 
 # -------------------------------------------------------------------------------------------------
 # The embedded data: drawn, not downloaded.  A class is a shape that spans many patches, filled
@@ -305,6 +305,8 @@ def configure(options, device):
             setattr(options, field, value)
     options.sample_every = options.sample_every or min(10_000, max(1, options.steps // 5))
     options.save_every = options.save_every or options.sample_every
+    if options.workers is None:
+        options.workers = 8 if device.type == "cuda" and options.data else 0
     at_least(1, steps=options.steps, batch_size=options.batch_size, image_size=options.image_size,
              log_every=options.log_every, save_every=options.save_every, keep=options.keep,
              sample_every=options.sample_every)
@@ -426,7 +428,7 @@ def draw_loss_curve(out):
 
 def resume(out, options, config, data, model, ema, optimizer, device):
     """Load the newest checkpoint of the run, if any; returns the number of steps already done."""
-    path = newest_checkpoint(out)
+    path = max(out.glob("ckpt-*.pt"), default=None)
     if path is None:
         return 0
     state = load_checkpoint(path, device)
@@ -501,18 +503,12 @@ def main():
     net = torch.compile(model) if options.compile else model
     net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
 
-    workers = options.workers
-    if workers is None:
-        workers = 8 if device.type == "cuda" and options.data else 0
-    batches = iter(DataLoader(
-        Examples(data, options.seed), num_workers=workers, pin_memory=device.type == "cuda",
-        batch_sampler=positions(first_step, options.steps, options.batch_size, micro_batch, rank,
-                                world)))
-    val_examples = Examples(val_data, options.seed, "val") if val_data and rank == 0 else None
-
-    sums, last_time = torch.zeros(2, device=device), time.time()
+    shares = positions(first_step, options.steps, options.batch_size, micro_batch, rank, world)
+    batches = iter(DataLoader(Examples(data, options.seed), batch_sampler=shares,
+                              num_workers=options.workers, pin_memory=device.type == "cuda"))
     progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps,
                     disable=rank > 0, unit="step", dynamic_ncols=True)
+    sums, since = torch.zeros(3, device=device), time.time()     # of flow, of repa, of passes
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
@@ -520,43 +516,42 @@ def main():
             x_0, y, noise, z, u = (x.to(device, non_blocking=True) for x in next(batches))
             y = drop_labels(y, u, config.num_classes, options.label_dropout)
             t = logit_normal_time(z, options.time_mean)
-            if world > 1:
+            if world > 1:                                        # ranks meet in the last pass only
                 net.require_backward_grad_sync = k == accumulation - 1
             with autocast(device):
                 features = encoder(x_0) if encoder else None
                 flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
             ((flow + REPA_WEIGHT * repa).mean() / accumulation).backward()
-            sums += torch.stack([flow.detach().mean(), repa.detach().mean()]) / accumulation
+            sums += torch.stack([flow.mean(), repa.mean(), torch.ones_like(flow[0])]).detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, step, options.ema)
 
-        done = step + 1
-        if done % options.log_every == 0 or done == options.steps:
+        done, last = step + 1, step + 1 == options.steps
+        if last or done % options.log_every == 0:
             if world > 1:
                 dist.all_reduce(sums)
             if rank == 0:
-                count = min((done - 1) % options.log_every + 1, done - first_step)
-                loss, repa_loss = (sums / world / count).tolist()
-                speed = count * options.batch_size / (time.time() - last_time)
-                write_log(out, step=done, loss=loss, **({"repa": repa_loss} if encoder else {}),
-                          grad_norm=norm.item(), lr=group["lr"], images_per_s=round(speed, 1))
-                progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
-            sums.zero_()
-            last_time = time.time()
-        if rank == 0 and (done % options.save_every == 0 or done == options.steps):
+                flow, repa, passes = sums.tolist()
+                speed = passes * micro_batch / (time.time() - since)
+                write_log(out, step=done, loss=flow / passes, repa=repa / passes, lr=group["lr"],
+                          grad_norm=norm.item(), images_per_s=round(speed, 1))
+                progress.set_postfix_str(f"loss {flow / passes:.4f}, {speed:.0f} images/s")
+            sums, since = torch.zeros_like(sums), time.time()
+        if rank == 0 and (last or done % options.save_every == 0):
             write_checkpoint(
                 out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
                 optimizer=optimizer.state_dict(), step=done, config=dataclasses.asdict(config),
                 classes=data.classes, names=data.names, options=dataclasses.asdict(options))
-        if rank == 0 and (done % options.sample_every == 0 or done == options.steps):
+        if rank == 0 and (last or done % options.sample_every == 0):
             pause = time.time()
-            if val_examples:
-                write_log(out, step=done, val_loss=validate(ema, val_examples, device))
+            if val_data:
+                loss = validate(ema, Examples(val_data, options.seed, "val"), device)
+                write_log(out, step=done, val_loss=loss)
             write_samples(out, done, ema, data.names, options.seed)
             draw_loss_curve(out)
-            last_time += time.time() - pause
+            since += time.time() - pause
 
     if rank == 0:
         print(f"done: look at {out}/samples-{options.steps:08d}.png and {out}/loss.png; next:\n"

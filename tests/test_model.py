@@ -6,7 +6,7 @@ from helpers import SMALL, VARIANTS, awake, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip import HEADS, PRESETS, Attention, DetailLayer, DiP, DiPConfig, cost, patchify, rope_angles
+from dip import HEADS, PRESETS, Attention, Block, DetailLayer, DiP, DiPConfig, cost, patchify, rope_angles
 
 HEAD_VARIANTS = list(HEADS)
 
@@ -155,6 +155,23 @@ def test_images_in_a_batch_do_not_meet(name):
     with torch.no_grad():
         alone = torch.cat([model(x[k : k + 1], t[k : k + 1], y[k : k + 1]) for k in range(3)])
         torch.testing.assert_close(model(x, t, y), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.filterwarnings("error")
+def test_under_bf16_autocast_norms_residuals_and_velocity_stay_float32(name):
+    """Forbids rounding the residual stream to 8 bits at every block, and a bf16 ODE state."""
+    model = awake(VARIANTS[name])
+    watched = [m for m in model.modules() if isinstance(m, (Block, torch.nn.RMSNorm, torch.nn.LayerNorm))]
+    seen = set()
+    for module in watched:
+        module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    x, t, y = batch(model.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        v = model(x, t, y)
+    assert seen == {torch.float32} and v.dtype == torch.float32
+    exact = model(x, t, y)
+    assert (v - exact).norm() < 0.05 * exact.norm()      # bf16 keeps 8 bits of every product
 
 
 def test_a_clean_image_prediction_is_returned_as_the_velocity_that_leads_there():

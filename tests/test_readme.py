@@ -1,0 +1,73 @@
+"""Chapter 7: the README tells the truth."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import dip
+import sample
+import train
+from sample import parse_options
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [
+    line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()
+]
+
+
+def test_the_parameter_table_is_that_of_the_code():
+    rows = re.findall(r"^\| (Di[TP]-[^ |]+) +\| ([\d.]+) M +\| ([\d.]+) +\|", README, re.M)
+    assert len(rows) >= 9
+    for preset, millions, gflops in rows:
+        parameters, flops = dip.cost(dip.PRESETS[preset])
+        assert millions == f"{parameters / 1e6:.1f}" and gflops == f"{flops / 1e9:.1f}"
+
+
+def test_every_choice_marked_in_the_code_is_in_the_readme_table():
+    """Each `# paper silent` is a row of "where we differ"; nothing is decided in secret."""
+    marks = sum(
+        path.read_text().count("# paper silent") for path in (ROOT / "dip.py", ROOT / "train.py")
+    )
+    table = README.split("## Where the paper is silent")[1].split("\n## ")[0]
+    assert marks >= 8
+    assert table.count("\n| ") - 2 >= marks
+
+
+@pytest.mark.parametrize(
+    "script, options", [("train.py", train.TrainOptions), ("sample.py", sample.SampleOptions)]
+)
+def test_every_option_in_the_readme_exists(script, options):
+    """Each command of the README is parsed as it stands."""
+    lines = [line.split("#")[0] for line in COMMANDS if f" {script}" in line]
+    assert lines
+    for line in lines:
+        for part in re.split(r"&&|;", line):
+            words = shlex.split(part)
+            if script in words:
+                parse_options(options, "", words[words.index(script) + 1 :])
+
+
+def test_every_file_the_readme_names_exists():
+    linked = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README)
+    assert linked
+    for pair in linked:
+        assert (ROOT / next(filter(None, pair))).exists()
+
+
+def test_the_requirements_are_pinned_to_the_digit():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[a-z]+==[\d.]+", line) for line in lines)
+    assert {line.split("==")[0] for line in lines} == {
+        "torch",
+        "numpy",
+        "scipy",
+        "tqdm",
+        "pillow",
+        "matplotlib",
+        "pytest",
+        "hypothesis",
+    }
