@@ -214,7 +214,7 @@ class Attention(nn.Module):
         """s (B, N, D), rope = cos, sin (N, d/2) -> (B, N, D)    with d = D / num_heads"""
         q, k, v = self.qkv(s).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q = rotate(self.q_norm(q.float()), rope).type_as(v)  # (B, heads, N, d)
-        k = rotate(self.k_norm(k.float()), rope).type_as(v)  # float32 inside, whatever autocast does
+        k = rotate(self.k_norm(k.float()), rope).type_as(v)  # norms, turns in float32
         s = F.scaled_dot_product_attention(q, k, v)
         return self.out(s.transpose(1, 2).flatten(2))
 

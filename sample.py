@@ -302,7 +302,7 @@ def parse_options(cls, manual, argv=None):
         usage="%(prog)s [options]", description=manual, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34, width=112))
-    types = typing.get_type_hints(cls)
+    types, group = typing.get_type_hints(cls), parser
     for field in dataclasses.fields(cls):
         settings, kind = dict(field.metadata), types[field.name]
         if "group" in settings:

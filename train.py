@@ -215,10 +215,8 @@ class Examples(Dataset):
     def index(self, k):
         """Which image example k shows: every epoch is a new permutation."""
         epoch, place = divmod(k, len(self.data))
-        if self.purpose != "train":
-            return place
         if epoch != self.epoch:
-            generator = random_stream(self.seed, "epoch", epoch)
+            generator = random_stream(self.seed, self.purpose, "epoch", epoch)
             self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator)
         return int(self.order[place])
 
@@ -371,7 +369,7 @@ def update_ema(ema, model, step, decay):
 
 @torch.no_grad()
 def validate(model, examples, device, batch=50, limit=500):
-    """Mean flow matching loss over the first `limit` validation images, on the same noise."""
+    """Mean flow matching loss over `limit` fixed validation images and their fixed noise."""
     total, count = 0.0, min(limit, len(examples.data))
     for start in range(0, count, batch):
         chunk = [examples[k] for k in range(start, min(start + batch, count))]

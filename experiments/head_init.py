@@ -62,11 +62,11 @@ VARIANTS = {
 @dataclass
 class Options:
     data: str | None = option(
-        None, "options", "image folder with train/ and val/ [embedded shapes]", metavar="DIR"
+        None, "image folder with train/ and val/ [embedded shapes]", metavar="DIR"
     )
-    steps: int = option(500, "options", "updates of 32 images")
-    lr: float = option(5e-4, "options", "AdamW's learning rate")
-    seeds: int = option(3, "options", "runs of each variant")
+    steps: int = option(500, "updates of 32 images")
+    lr: float = option(5e-4, "AdamW's learning rate")
+    seeds: int = option(3, "runs of each variant")
 
 
 def final_loss(config, change, data, val_data, options, seed):

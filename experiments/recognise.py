@@ -74,13 +74,13 @@ def predict(net, images):
 @dataclass
 class Options:
     ckpt: str | None = option(
-        None, "options", "checkpoint or run [newest under runs/]", metavar="PATH"
+        None, "checkpoint or run [newest under runs/]", metavar="PATH"
     )
-    num: int = option(500, "options", "samples, label i mod 10")
-    sampler: str = option("euler", "options", "integrator")
-    steps: int = option(100, "options", "steps")
-    cfg: float = option(SampleOptions.cfg, "options", "guidance scale")
-    seed: int = option(0, "options", "of the samples and of the classifier")
+    num: int = option(500, "samples, label i mod 10")
+    sampler: str = option("euler", "integrator")
+    steps: int = option(100, "steps")
+    cfg: float = option(SampleOptions.cfg, "guidance scale")
+    seed: int = option(0, "of the samples and of the classifier")
 
 
 def main():

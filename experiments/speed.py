@@ -24,12 +24,12 @@ from sample import at_least, autocast, option, parse_options, run_main, start_pr
 @dataclass
 class Options:
     presets: tuple = option(
-        ("DiT-XL/16", "DiP-XL/16"), "options", "the two to compare", nargs=2, metavar=("A", "B")
+        ("DiT-XL/16", "DiP-XL/16"), "the two to compare", nargs=2, metavar=("A", "B")
     )
-    batch: int = option(1, "options", "images a forward")
-    repeat: int = option(10, "options", "turns; the first of each is not counted")
-    train: bool = option(False, "options", "forward and backward of the loss, instead of a forward")
-    device: str = option("auto", "options", "auto, cpu, cuda, mps")
+    batch: int = option(1, "images a forward")
+    repeat: int = option(10, "turns; the first of each is not counted")
+    train: bool = option(False, "forward and backward of the loss, instead of a forward")
+    device: str = option("auto", "auto, cpu, cuda, mps")
 
 
 def prepare(name, options, device):

@@ -6,7 +6,8 @@ from helpers import SMALL, VARIANTS, awake, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip import HEADS, PRESETS, Attention, Block, DetailLayer, DiP, DiPConfig, cost, patchify, rope_angles
+from dip import (HEADS, PRESETS, Attention, Block, DetailLayer, DiP, DiPConfig, cost, patchify,
+                 rope_angles)
 
 HEAD_VARIANTS = list(HEADS)
 
@@ -162,7 +163,8 @@ def test_images_in_a_batch_do_not_meet(name):
 def test_under_bf16_autocast_norms_residuals_and_velocity_stay_float32(name):
     """Forbids rounding the residual stream to 8 bits at every block, and a bf16 ODE state."""
     model = awake(VARIANTS[name])
-    watched = [m for m in model.modules() if isinstance(m, (Block, torch.nn.RMSNorm, torch.nn.LayerNorm))]
+    kinds = (Block, torch.nn.RMSNorm, torch.nn.LayerNorm)
+    watched = [module for module in model.modules() if isinstance(module, kinds)]
     seen = set()
     for module in watched:
         module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
