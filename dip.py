@@ -23,8 +23,8 @@ Conventions, stated here once:
     * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, D token width.
       Inside a head: M inputs at a time (M = B N patches, or B images) and C, the head's width.
 
-Equations, tables and sections are those of the paper (arXiv 2511.18822).  `# paper silent` marks
-where it leaves a choice open or contradicts itself; the README collects the reasons.
+Equations, tables and sections are those of the paper (arXiv 2511.18822).  A mark `paper silent [what]`
+stands where it leaves a choice open or contradicts itself; the README's table gives the reasons.
 
 `python dip.py` prints the size and cost of every preset beside the paper's size.
 """
@@ -43,9 +43,9 @@ import torch.nn.functional as F
 HEAD_SIZES = {           # (head_width, head_depth) where the configuration does not say
     "none": (0, 0),
     "unet": (64, 4),         # base channels, down/up-sampling stages: Table 4
-    "mlp": (1280, 2),        # paper silent: hidden size and layers that give the 630 M of Table 2
+    "mlp": (1280, 2),        # paper silent [MLP head]: hidden size and layers that give 630 M
     "coordinate": (64, 4),   # width, blocks: PixNerd, and the 700 M of Table 2
-    "attention": (64, 10),   # paper silent: width, blocks; 630 M with the fewest operations
+    "attention": (64, 10),   # paper silent [attention head]: width and blocks that give 630 M
 }
 ATTENTION_HEAD_DIM = 16  # inside the intra-patch attention head
 
@@ -172,15 +172,15 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         """t (B,) -> (B, D)"""
-        # paper silent: frequencies 1000 to 0.1, those of DiT, whose t runs to 1000
+        # paper silent [time embedding]: frequencies 1 to 0.1, DDT's, smooth in t
         k = torch.arange(128, device=t.device, dtype=torch.float32)
-        angles = t.float()[:, None] * 1000 * 10000 ** (-k / 128)     # (B, 128)
+        angles = t.float()[:, None] * 10 ** (-k / 128)               # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
 def rope_angles(rows, columns, d, device=None):
     """Rotary angles of a grid of tokens: d/4 of them by row, d/4 by column.  -> (N, d/2)"""
-    # paper silent: integer positions; DDT spreads them over [0, 16], on 16 x 16 a step of 16/15
+    # paper silent [positions]: integers; DDT spreads them over [0, 16], here a step of 16/15
     frequencies = 10000 ** (-torch.arange(d // 4, device=device) / (d // 4))
     row, column = torch.meshgrid(torch.arange(rows, device=device),
                                  torch.arange(columns, device=device), indexing="ij")
@@ -277,8 +277,8 @@ class UNetHead(nn.Module):
         down = [C * 2**i for i in range(depth)]              # 64, 128, 256, 512
         up = [C, *down[:-1]]                                 # 64,  64, 128, 256, deepest last
         self.down = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([3, *down], down))
-        self.pool = nn.MaxPool2d(2)          # paper silent: max or average
-        # paper silent: Sec. 4.1 says kernel 3, but only 1 x 1 adds no more than "0.3 %"
+        self.pool = nn.MaxPool2d(2)          # paper silent [pooling]: max or average
+        # paper silent [bottleneck]: Sec. 4.1 says kernel 3, but only 1 x 1 adds just "0.3 %"
         self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)
         self.up = nn.ModuleList(nn.Conv2d(2 * i, o, 3, padding=1)
                                 for i, o in zip(down[::-1], up[::-1]))
@@ -334,7 +334,7 @@ class CoordinateHead(nn.Module):
         self.register_buffer("basis", basis, persistent=False)
         self.embed = nn.Linear(3 + 64, C)
         self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-6) for _ in range(depth))
-        # paper silent: no bias, as everywhere in the backbone; Linear(1152, 16384) four times
+        # paper silent [coordinate head]: no bias; Linear(1152, 16384) four times
         self.writers = nn.ModuleList(nn.Linear(config.hidden_size, 4 * C * C, bias=False)
                                      for _ in range(depth))
         self.norm = nn.RMSNorm(C, eps=1e-6)
@@ -389,7 +389,7 @@ class DetailLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.P, self.head_input = config.patch_size, config.head_input
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)     # paper silent: tokens normalised
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)     # paper silent [token norm]
         self.head = HEADS[config.head](config)
 
     def forward(self, x_t, s, c):
@@ -423,9 +423,10 @@ class FinalLayer(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # The model
 
-REPA_BLOCK = 8           # paper silent: the tokens after this block are aligned (REPA)
-REPA_WEIGHT = 0.5        # paper silent: their loss counts this much beside Eq. (5) (REPA)
-MIN_TIME = 0.05          # prediction="x": x_t - x is divided by t, but by no less than this
+REPA_BLOCK = 8           # paper silent [REPA]: the tokens after this block are aligned
+REPA_WEIGHT = 0.5        # paper silent [REPA]: their loss counts this much beside Eq. (5)
+MIN_TIME = 0.05          # prediction="x": x_t - x is divided by t, but by no less than this; for
+                         # smaller t the last layer learns x_t - MIN_TIME v instead of x_0
 
 
 class DiP(nn.Module):
@@ -444,12 +445,12 @@ class DiP(nn.Module):
         self.last = FinalLayer(config) if ends_plain else DetailLayer(config)
         self.inject_after = None
         if config.placement != "post-hoc":
-            self.inject_after = config.depth // 2            # paper silent: between which blocks
+            self.inject_after = config.depth // 2            # paper silent [placement]
             self.inject_detail = DetailLayer(config)
             self.inject_embed = nn.Linear(3 * P * P, D)      # "projected back" (Sec. 3.4)
         self.repa_after = min(REPA_BLOCK, config.depth)
         if config.repa_dim:
-            self.repa_projector = nn.Sequential(             # paper silent: 3 layers of 2048 (REPA)
+            self.repa_projector = nn.Sequential(             # paper silent [REPA]: 3 layers of 2048
                 nn.Linear(D, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
                 nn.Linear(2048, config.repa_dim))
         self.initialize_weights()
@@ -467,18 +468,17 @@ class DiP(nn.Module):
         | the way back of an injection                     | 0: a fresh injection adds nothing    |
         | norms                                            | 1, as PyTorch makes them             |
         """
-        # paper silent: the head's initialisation; measured in experiments/head_init.py
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-            if isinstance(module, (nn.Conv2d, MLPHead)):
-                for weight in (p for p in module.parameters() if p.ndim > 1):
-                    nn.init.kaiming_normal_(weight, nonlinearity="relu")
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
         for module in self.modules():
+            if isinstance(module, (UNetHead, MLPHead)):      # paper silent [head initialisation]
+                for weight in (p for p in module.parameters() if p.ndim > 1):
+                    nn.init.kaiming_normal_(weight, nonlinearity="relu")
             if isinstance(module, (Block, FinalLayer)):
                 nn.init.zeros_(module.adaLN.weight)
             if isinstance(module, FinalLayer):
@@ -506,7 +506,7 @@ class DiP(nn.Module):
                 detail = self.inject_detail(x_t, s, c)           # (B, 3, H, W)
                 s = s + self.inject_embed(patchify(detail, P).flatten(2))
         v = self.last(x_t, s, c).float()                         # (B, 3, H, W) local: they do not
-        if self.config.prediction == "x":    # the last layer drew a clean image: x_t - x_0 = t v
+        if self.config.prediction == "x":    # what was drawn is a clean image: x_t - x_0 = t v
             v = (x_t - v) / t.clamp(min=MIN_TIME)[:, None, None, None]
         return (v, tokens) if align else v
 
@@ -523,13 +523,13 @@ def interpolate(x_0, noise, t):
 
 def logit_normal_time(z, mean=0.0, std=1.0):
     """t in (0, 1) whose logit is normal, from z ~ N(0, 1).  (B,) -> (B,)"""
-    return torch.sigmoid(mean + std * z)     # paper silent: mean 0, std 1 as in SD3 and DDT
+    return torch.sigmoid(mean + std * z)     # paper silent [distribution of t]: SD3's
 
 
 def drop_labels(y, u, num_classes, rate=0.1):
     """Replace a share of the labels by the null class, so that one network learns both fields that
     guidance needs.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
-    return torch.where(u < rate, num_classes, y)     # paper silent: rate 0.1 (DiT)
+    return torch.where(u < rate, num_classes, y)     # paper silent [label dropout]: DiT's
 
 
 def flow_matching_loss(model, x_0, y, t, noise, features=None):

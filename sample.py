@@ -138,7 +138,7 @@ def generate(model, labels, indices, seed=0, size=None, sampler="euler", steps=1
     """
     device = next(model.parameters()).device
     H, W = size or (model.config.image_size, model.config.image_size)
-    streams = [random_stream(seed, "sample", i) for i in indices]
+    streams = [random_stream(seed, "sample", int(i)) for i in indices]
 
     def noise():
         return torch.stack([torch.randn(3, H, W, generator=g) for g in streams]).to(device)
@@ -214,27 +214,36 @@ def newest_checkpoint(folder):
     return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict that train.py saved.  A folder means its newest.  Runs no code from the file."""
-    path = Path(path)
-    if path.is_dir():
-        path = newest_checkpoint(path) or path / "ckpt-*.pt"
-    if not path.exists():
+def find_checkpoint(given=None):
+    """Path of a checkpoint: the file given, or the newest below the folder given or runs/."""
+    path = Path(given or "runs")
+    if path.is_dir() or given is None:
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise FileNotFoundError(f"no checkpoint under {path}/; `python train.py` makes one")
+        return newest
+    return path
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it."""
+    if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        missing = {"model", "ema", "optimizer", "step", "config", "classes", "names"} - set(state)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = {"model", "ema", "optimizer", "step", "config", "classes", "names", "options"}
+        missing = sorted(missing - set(state))
     except Exception as error:       # a hostile or broken file may fail anywhere inside the reader
         kind = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py ({kind})") from None
     if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {sorted(missing)}")
+        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(missing)}")
     return state
 
 
 def load_model(path, device, ema=True):
     """(model in eval mode, checkpoint dict without its weights)"""
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)
     try:
         model = DiP(DiPConfig(**state["config"])).to(device).eval()
         model.load_state_dict(state["ema" if ema else "model"])
@@ -247,18 +256,23 @@ def load_model(path, device, ema=True):
 
 def find_class(query, classes, names):
     """Index of a class given by index, folder name or readable name."""
+    def plain(name):
+        return name.lower().replace("_", " ")
+
+    found = {i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)}
     if query.isdigit():
-        if int(query) < len(names):
-            return int(query)
-        raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
-    plain = query.lower().replace("_", " ")
-    found = [i for i, pair in enumerate(zip(classes, names)) if plain in [n.lower() for n in pair]]
+        if int(query) >= len(names):
+            raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
+        if found - {int(query)}:
+            raise ValueError(f"--class {query} is the index of {classes[int(query)]!r}, and the "
+                             f"name of class {min(found - {int(query)})}: give that index")
+        return int(query)
     if len(found) == 1:
-        return found[0]
+        return min(found)
     if found:
-        several = ", ".join(map(str, found))
+        several = ", ".join(map(str, sorted(found)))
         raise ValueError(f"--class {query!r} names several classes: {several}; give an index")
-    close = difflib.get_close_matches(plain, names, 3, 0.4) or names[:5]
+    close = difflib.get_close_matches(plain(query), names, 3, 0.4) or names[:5]
     raise ValueError(f"--class {query!r} is unknown; near it: {', '.join(map(repr, close))}; "
                      f"or an index from 0 to {len(names) - 1}")
 
@@ -333,14 +347,16 @@ def run_main(main):
     """Run a command; what the user can mend ends in one line and exit code 1, no traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        line = str(error).strip().splitlines()[-1]           # loader processes put theirs before it
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {line.removeprefix('ValueError: ')}")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # the last of a
+        line = line.removeprefix("ValueError: ")                                 # loader process
+        if isinstance(error, torch.OutOfMemoryError):
+            line = "out of memory; a smaller --micro-batch (training) or --batch (sampling) helps"
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @dataclass
@@ -398,7 +414,7 @@ def sample_grid(model, names, options):
     for start in tqdm(range(0, len(labels), options.batch), "sampling", unit="batch"):
         part = slice(start, start + options.batch)
         first = options.trajectory and start == 0
-        watch = (lambda t, x: seen.append((t, x[:1]))) if first else None
+        watch = (lambda t, x: seen.append((t, x[:1].clone()))) if first else None
         x = generate(model, labels[part], indices[part], **options.settings(), watch=watch)
         images.append(to_uint8(x))
     images = np.concatenate(images)
@@ -413,7 +429,9 @@ def sample_grid(model, names, options):
     save_atomically(out, lambda path: draw_grid(rows, captions).save(path, "PNG"))
     print(f"wrote {out}: {len(images)} images, {', '.join(names[c] for c in options.class_)}")
     if options.trajectory:
-        chosen = [seen[round(k * (len(seen) - 1) / 9)] for k in range(10)]   # ten, with both ends
+        seen = list({t: x for t, x in seen}.items())         # Heun passes most times twice
+        last = len(seen) - 1                                 # most happens near noise: squares
+        chosen = [seen[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
         strip = to_uint8(torch.cat([x for _, x in chosen]))
         headers = [f"t={t:.2f}" for t, _ in chosen]
         path = out.with_name(out.stem + "-trajectory.png")
@@ -431,28 +449,31 @@ def export(model, state, options, rank, world):
     N, K, out = options.num_samples, model.config.num_classes, Path(options.out or "samples.npz")
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} must end in .npz with --num-samples")
+    if out.exists():
+        raise ValueError(f"--out {out} is there already; delete it, or choose another name")
     parts = out.with_name(out.name + ".parts")
     recipe = {**options.settings(), "num_samples": N, "batch": options.batch, "ema": options.ema,
-              "ckpt": options.ckpt, "step": state["step"]}
+              "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime}
     recipe = json.loads(json.dumps(recipe))                  # as read back: tuples become lists
     note = parts / "recipe.json"
-    if note.exists() and json.loads(note.read_text()) != recipe:
-        raise ValueError(f"{parts} holds a half-done export with other settings; "
-                         f"delete it, or choose another --out")
-    if rank == 0:
+    if rank == 0 and not note.exists():
+        shutil.rmtree(parts, ignore_errors=True)
         save_atomically(note, lambda path: path.write_text(json.dumps(recipe)))
     if world > 1:
         dist.barrier()
+    if json.loads(note.read_text()) != recipe:
+        raise ValueError(f"{parts} holds a half-done export with other settings; "
+                         f"delete it, or choose another --out")
     batches = [range(i, min(i + options.batch, N)) for i in range(0, N, options.batch)]
     files = [parts / f"{indices[0]:08d}.npy" for indices in batches]
-    done = sum(file.exists() for file in files)
-    if rank == 0 and done:
-        print(f"continuing: {done} of {len(files)} batches are already drawn")
-    mine = list(zip(batches, files))[rank::world]
-    for indices, file in tqdm(mine, "exporting", unit="batch", disable=rank > 0):
-        if not file.exists():
-            x = generate(model, [i % K for i in indices], list(indices), **options.settings())
-            save_atomically(file, lambda path: save_array(path, to_uint8(x)))
+    todo = [(indices, file) for indices, file in zip(batches, files) if not file.exists()]
+    if rank == 0 and len(todo) < len(files):
+        print(f"continuing: {len(files) - len(todo)} of {len(files)} batches are already drawn")
+    if world > 1:
+        dist.barrier()                                       # all have looked before any draws
+    for indices, file in tqdm(todo[rank::world], "exporting", unit="batch", disable=rank > 0):
+        x = generate(model, [i % K for i in indices], indices, **options.settings())
+        save_atomically(file, lambda path: save_array(path, to_uint8(x)))
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -482,11 +503,9 @@ def write_npz(path, files, shape, labels):
 def main():
     options = parse_options(SampleOptions, __doc__)
     rank, world, device = start_processes(options.device)
-    if options.ckpt is None:
-        newest = newest_checkpoint("runs")
-        if newest is None:
-            raise FileNotFoundError("no checkpoint under runs/; `python train.py` makes one")
-        options.ckpt = str(newest)
+    options.ckpt = str(find_checkpoint(options.ckpt))
+    if options.num_samples and options.class_:
+        raise ValueError("--num-samples takes the classes in turn; leave out --class")
     model, state = load_model(options.ckpt, device, options.ema)
     for side in options.size:
         check_multiple("--size", side, model.config.patch_size, "patch_size")

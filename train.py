@@ -10,7 +10,7 @@ Train a DiP.
 The same command resumes.  A run is a function of its options alone: example k of it draws image,
 flip, time, noise and label dropout from (seed, k), whatever the processes, passes and workers.
 A run writes ckpt-*.pt, log.jsonl, loss.png and samples-*.png into --out.
-[CPU: ...] in the options below is the default on a CPU without --model.
+[CPU: ...] in the options below is the default without CUDA and --model.
 """
 
 import copy
@@ -19,6 +19,7 @@ import json
 import os
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,7 +259,7 @@ class TrainOptions:
     model: str | None = option(None, "preset of dip.py [DiP-XL/16; CPU: DiP-Nano/16]",
                                group="model", metavar="NAME")
     set: tuple = option((), "other DiPConfig fields, as head=mlp depth=4", nargs="+",
-                        metavar="FIELD=VALUE")
+                        action="extend", metavar="FIELD=VALUE")
     repa: str | None = option(None, "align with this encoder, as dinov2_vitb14 [no REPA]",
                               metavar="ENCODER")
     repa_repo: str = option("facebookresearch/dinov2", "torch.hub repository of the encoder")
@@ -271,7 +272,7 @@ class TrainOptions:
     lr: float | None = option(None, "AdamW's learning rate [1e-4; CPU: 3e-3]")
     warmup: int | None = option(None, "steps in which lr rises [0; CPU: 50]")
     cooldown: float | None = option(None, "last share of steps, in which lr falls [0; CPU: 0.3]")
-    clip: float = option(1.0, "largest gradient norm")
+    clip: float = option(1.0, "largest gradient norm; 0 = no limit")
     ema: float = option(0.9999, "decay of the averaged weights, reached by warm-up")
     time_mean: float | None = option(None, "mean of logit t, whose deviation is 1 [0; CPU: 0.8]")
     label_dropout: float = option(0.1, "share of labels hidden, for guidance")
@@ -288,14 +289,14 @@ class TrainOptions:
     compile: bool = option(False, "torch.compile the model")
 
 
-def configure(options, device):
+def configure(options, device, rank=0):
     """Fill in what the user left open; returns the DiPConfig, but for num_classes and repa_dim."""
-    laptop = device.type == "cpu" and options.model is None
+    laptop = device.type != "cuda" and options.model is None
     defaults = LAPTOP if laptop else PAPER
     if laptop and (options.image_size or 0) > 64:            # fewer images: steps stay short
         defaults = LAPTOP | {"batch_size": max(4, 16 * 64**2 // options.image_size**2)}
-    if laptop and int(os.environ.get("RANK", 0)) == 0:
-        print("a CPU and no --model: a small model with settings for minutes, not the paper's")
+    if laptop and rank == 0:
+        print("no CUDA and no --model: a small model with settings for minutes, not the paper's")
     options.model = options.model or ("DiP-Nano/16" if laptop else "DiP-XL/16")
     check_choice("--model", options.model, PRESETS)
     for field, value in defaults.items():
@@ -307,10 +308,16 @@ def configure(options, device):
         options.workers = 8 if device.type == "cuda" and options.data else 0
     at_least(1, steps=options.steps, batch_size=options.batch_size, image_size=options.image_size,
              log_every=options.log_every, save_every=options.save_every, keep=options.keep,
-             sample_every=options.sample_every)
-    at_least(0, lr=options.lr, warmup=options.warmup, cooldown=options.cooldown, clip=options.clip)
+             sample_every=options.sample_every,
+             micro_batch=1 if options.micro_batch is None else options.micro_batch)
+    at_least(0, lr=options.lr, warmup=options.warmup, clip=options.clip)
+    for field in ("cooldown", "ema", "label_dropout"):
+        if not 0 <= getattr(options, field) <= 1:
+            name, value = field.replace("_", "-"), getattr(options, field)
+            raise ValueError(f"--{name} {value} is a share: it must be from 0 to 1")
     config = PRESETS[options.model]
-    fields = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    fields = {field: type(value) for field, value in dataclasses.asdict(config).items()
+              if field not in ("image_size", "num_classes", "repa_dim")}     # flag, data, encoder
     changes = {}
     for pair in options.set:
         field, _, value = pair.partition("=")
@@ -340,14 +347,14 @@ class Encoder:
     """REPA's frozen teacher: a vision transformer from torch.hub with the interface of DINOv2."""
 
     def __init__(self, name, repo, source, device):
-        try:
-            net = torch.hub.load(repo, name, source=source)
-        except Exception as error:       # the repository's own code may raise anything
-            raise ValueError(f"--repa {name}: cannot load it from {repo}: {error}") from None
-        self.net = net.to(device).eval().requires_grad_(False)
         mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's, DINOv2
         self.mean, self.std = torch.tensor(mean_and_std, device=device)[:, :, None, None]
-        self.dim = self(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
+        try:
+            net = torch.hub.load(repo, name, source=source)
+            self.net = net.to(device).eval().requires_grad_(False)
+            self.dim = self(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
+        except Exception as error:       # the repository's own code may raise anything
+            raise ValueError(f"--repa {name}: cannot use it from {repo}: {error}") from None
 
     @torch.no_grad()
     def __call__(self, x_0):
@@ -424,29 +431,44 @@ def draw_loss_curve(out):
     plt.close(figure)
 
 
-def resume(out, options, config, data, model, ema, optimizer, device):
+def resume(out, options, config, data, model, ema, optimizer, rank):
     """Load the newest checkpoint of the run, if any; returns the number of steps already done."""
     path = max(out.glob("ckpt-*.pt"), default=None)
     if path is None:
         return 0
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)
     old, new = state["config"], dataclasses.asdict(config)
     differ = [f"{key}={old.get(key)!r} there, {new[key]!r} here"
               for key in new if old.get(key) != new[key]]
-    if state["classes"] != list(data.classes):
+    for field in ("seed", "batch_size", "time_mean", "label_dropout", "ema"):
+        if state["options"].get(field) != getattr(options, field):
+            differ.append(f"--{field.replace('_', '-')} {state['options'].get(field)} there, "
+                          f"{getattr(options, field)} here")
+    if state["classes"] != data.classes:
         differ.append("other classes")
     if differ:
         raise ValueError(f"{path} is of another configuration ({'; '.join(differ)}); "
                          f"choose another --out")
-    for field in ("steps", "batch_size", "lr", "warmup", "cooldown", "clip", "ema", "time_mean",
-                  "label_dropout", "seed"):
+    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
         before, now = state["options"].get(field), getattr(options, field)
-        if before != now and int(os.environ.get("RANK", 0)) == 0:
-            print(f"changed since the checkpoint: --{field.replace('_', '-')} {before} -> {now}")
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+        if before != now and rank == 0:
+            print(f"changed since the checkpoint: --{field} {before} -> {now}")
+    try:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
+    if rank == 0:
+        print(f"resumed at step {state['step']}")
     return state["step"]
+
+
+def trim_log(out, step):
+    """Drop the lines after `step`: those steps will be run again."""
+    kept = [line for line in read_log(out) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    save_atomically(out / "log.jsonl", lambda path: path.write_text(text))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -470,19 +492,25 @@ def announce(options, config, data, device, world, accumulation):
 def main():
     options = parse_options(TrainOptions, __doc__)
     rank, world, device = start_processes(options.device)
-    config = configure(options, device)
+    config = configure(options, device, rank)
     out = Path(options.out)
 
-    micro_batch = options.micro_batch or options.batch_size // world
-    accumulation = options.batch_size // (world * micro_batch) if micro_batch else 0
-    if not micro_batch or options.batch_size != world * micro_batch * accumulation:
+    micro_batch = max(1, options.batch_size // world if options.micro_batch is None
+                      else options.micro_batch)
+    accumulation = options.batch_size // (world * micro_batch)
+    if options.batch_size % (world * micro_batch):
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
-                         f"{world} processes x --micro-batch {micro_batch or 1}")
+                         f"{world} processes x --micro-batch {micro_batch}")
 
     data, val_data = open_data(options.data, options.image_size)
     encoder = None
-    if options.repa:
+    if options.repa:                             # one process a node fills the cache of torch.hub
+        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+        if waits:
+            dist.barrier()
         encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
+        if world > 1 and not waits:
+            dist.barrier()
     config = config.replace(num_classes=len(data.classes), repa_dim=encoder.dim if encoder else 0)
     if rank == 0:
         announce(options, config, data, device, world, accumulation)
@@ -491,13 +519,16 @@ def main():
     model = DiP(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
-    first_step = resume(out, options, config, data, model, ema, optimizer, device)
-    out.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and first_step:
-        print(f"resumed at step {first_step}")
-        kept = [line for line in read_log(out) if line["step"] <= first_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        save_atomically(out / "log.jsonl", lambda path: path.write_text(text))
+    first_step = resume(out, options, config, data, model, ema, optimizer, rank)
+    if world > 1:
+        steps = [None] * world
+        dist.all_gather_object(steps, first_step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"--out {out} is not the same folder for all processes: steps {steps}")
+    if first_step >= options.steps:
+        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}")
+    if rank == 0:
+        trim_log(out, first_step)
     net = torch.compile(model) if options.compile else model
     net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
 
@@ -514,12 +545,12 @@ def main():
             x_0, y, noise, z, u = (x.to(device, non_blocking=True) for x in next(batches))
             y = drop_labels(y, u, config.num_classes, options.label_dropout)
             t = logit_normal_time(z, options.time_mean)
-            if world > 1:                                        # ranks meet in the last pass only
-                net.require_backward_grad_sync = k == accumulation - 1
-            with autocast(device):
-                features = encoder(x_0) if encoder else None
-                flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
-            ((flow + REPA_WEIGHT * repa).mean() / accumulation).backward()
+            early = world > 1 and k < accumulation - 1           # ranks meet in the last pass only
+            with net.no_sync() if early else nullcontext():
+                with autocast(device):
+                    features = encoder(x_0) if encoder else None
+                    flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
+                ((flow + REPA_WEIGHT * repa).mean() / accumulation).backward()
             sums += torch.stack([flow.mean(), repa.mean(), torch.ones_like(flow[0])]).detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or float("inf"))
         optimizer.step()
@@ -537,19 +568,19 @@ def main():
                           grad_norm=norm.item(), images_per_s=round(speed, 1))
                 progress.set_postfix_str(f"loss {flow / passes:.4f}, {speed:.0f} images/s")
             sums, since = torch.zeros_like(sums), time.time()
+        if rank == 0 and (last or done % options.sample_every == 0):
+            pause = time.time()
+            if val_data:
+                loss = validate(ema, Examples(val_data, 0, "val"), device)
+                write_log(out, step=done, val_loss=loss)
+            write_samples(out, done, ema, data.names, options.seed)
+            draw_loss_curve(out)
+            since += time.time() - pause
         if rank == 0 and (last or done % options.save_every == 0):
             write_checkpoint(
                 out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
                 optimizer=optimizer.state_dict(), step=done, config=dataclasses.asdict(config),
                 classes=data.classes, names=data.names, options=dataclasses.asdict(options))
-        if rank == 0 and (last or done % options.sample_every == 0):
-            pause = time.time()
-            if val_data:
-                loss = validate(ema, Examples(val_data, options.seed, "val"), device)
-                write_log(out, step=done, val_loss=loss)
-            write_samples(out, done, ema, data.names, options.seed)
-            draw_loss_curve(out)
-            since += time.time() - pause
 
     if rank == 0:
         print(f"done: look at {out}/samples-{options.steps:08d}.png and {out}/loss.png; next:\n"

@@ -16,16 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import (
-    SampleOptions,
-    generate,
-    load_model,
-    newest_checkpoint,
-    option,
-    parse_options,
-    run_main,
-)
-from sample import start_processes, to_uint8
+from sample import (SAMPLERS, SampleOptions, find_checkpoint, generate, load_model, option,
+                    parse_options, run_main, start_processes, to_uint8)
 from train import ShapesData
 
 
@@ -73,11 +65,9 @@ def predict(net, images):
 
 @dataclass
 class Options:
-    ckpt: str | None = option(
-        None, "checkpoint or run [newest under runs/]", metavar="PATH"
-    )
+    ckpt: str | None = option(None, "checkpoint [newest under runs/]", metavar="PATH")
     num: int = option(500, "samples, label i mod 10")
-    sampler: str = option("euler", "integrator")
+    sampler: str = option("euler", "integrator", choices=tuple(SAMPLERS))
     steps: int = option(100, "steps")
     cfg: float = option(SampleOptions.cfg, "guidance scale")
     seed: int = option(0, "of the samples and of the classifier")
@@ -86,7 +76,7 @@ class Options:
 def main():
     options = parse_options(Options, __doc__)
     _, _, device = start_processes()
-    path = options.ckpt or newest_checkpoint("runs") or "runs"
+    path = find_checkpoint(options.ckpt)
     model, state = load_model(path, device)
     if state["classes"] != ShapesData.classes:
         raise ValueError(f"{path} was not trained on the embedded shapes")
@@ -94,31 +84,19 @@ def main():
     labels, images = np.arange(options.num) % 10, []
     for part in tqdm(np.array_split(labels, max(1, options.num // 50)), "sampling", unit="batch"):
         start = sum(map(len, images))
-        x = generate(
-            model,
-            part.tolist(),
-            range(start, start + len(part)),
-            options.seed,
-            sampler=options.sampler,
-            steps=options.steps,
-            cfg=options.cfg,
-            interval=SampleOptions.interval,
-        )
+        x = generate(model, part.tolist(), range(start, start + len(part)), options.seed,
+                     sampler=options.sampler, steps=options.steps, cfg=options.cfg,
+                     interval=SampleOptions.interval)
         images.append(to_uint8(x))
     named = predict(net, np.concatenate(images))
     pairs = ShapesData.pairs
     shape = np.mean([pairs[a][0] == pairs[b][0] for a, b in zip(named, labels)])
     texture = np.mean([pairs[a][1] == pairs[b][1] for a, b in zip(named, labels)])
-    print(
-        f"{path}, step {state['step']}; {options.sampler}, {options.steps} steps, "
-        f"cfg {options.cfg}, "
-        f"seed {options.seed}, n = {options.num}"
-    )
+    print(f"{path}, step {state['step']}; {options.sampler}, {options.steps} steps, "
+          f"cfg {options.cfg}, seed {options.seed}, n = {options.num}")
     print(f"classifier on 1000 held-out drawings: {held_out:.1%}")
-    print(
-        f"samples named as the class asked for: {(named == labels).mean():.1%} "
-        f"(shape {shape:.1%}, texture {texture:.1%})"
-    )
+    print(f"samples named as the class asked for: {(named == labels).mean():.1%} "
+          f"(shape {shape:.1%}, texture {texture:.1%})")
     for c, name in enumerate(ShapesData.names):
         print(f"    {name:<16} {(named[labels == c] == c).mean():6.1%}")
 

@@ -12,7 +12,9 @@ counts the weights.  Weights are random: they cost the same.
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +25,8 @@ from sample import at_least, autocast, option, parse_options, run_main, start_pr
 
 @dataclass
 class Options:
-    presets: tuple = option(
-        ("DiT-XL/16", "DiP-XL/16"), "the two to compare", nargs=2, metavar=("A", "B")
-    )
+    presets: tuple = option(("DiT-XL/16", "DiP-XL/16"), "the two to compare", nargs=2,
+                            metavar=("A", "B"))
     batch: int = option(1, "images a forward")
     repeat: int = option(10, "turns; the first of each is not counted")
     train: bool = option(False, "forward and backward of the loss, instead of a forward")
@@ -38,10 +39,8 @@ def prepare(name, options, device):
     torch.manual_seed(0)
     model = DiP(config).to(device)
     x = torch.randn(options.batch, 3, config.image_size, config.image_size, device=device)
-    t, y = (
-        torch.rand(options.batch, device=device),
-        torch.zeros(options.batch, dtype=torch.long, device=device),
-    )
+    t = torch.rand(options.batch, device=device)
+    y = torch.zeros(options.batch, dtype=torch.long, device=device)
 
     def one_pass():
         start = time.perf_counter()
@@ -59,15 +58,13 @@ def prepare(name, options, device):
     return one_pass
 
 
-def peak_memory(name, options, device, queue):
-    """Put the peak memory of a preset, in bytes; to be run in a process of its own."""
-    one_pass = prepare(name, options, device)
-    one_pass()
-    queue.put(
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+def peak_memory(name, options, device):
+    """Peak memory of one pass of a preset, in bytes; to be called in a process of its own."""
+    prepare(name, options, device)()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main():
@@ -76,30 +73,21 @@ def main():
         check_choice("--presets", name, PRESETS)
     at_least(2, repeat=options.repeat)
     _, _, device = start_processes(options.device)
-    context, memory = multiprocessing.get_context("spawn"), []
+    memory = []
     for name in options.presets:
-        queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(name, options, device, queue))
-        process.start()
-        memory.append(queue.get())
-        process.join()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            memory.append(process.submit(peak_memory, name, options, device).result())
     passes = [prepare(name, options, device) for name in options.presets]
     times = [[one_pass() for one_pass in passes] for _ in range(options.repeat)][1:]
     what = "forward + backward" if options.train else "forward"
-    print(
-        f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, "
-        f"n = {len(times)} after 1 warm-up"
-    )
+    print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, "
+          f"n = {len(times)} after 1 warm-up")
     for name, seconds, peak in zip(options.presets, zip(*times), memory):
-        print(
-            f"{name:<22} median {statistics.median(seconds):7.3f} s  (min {min(seconds):.3f}, "
-            f"max {max(seconds):.3f})   peak memory {peak / 2**30:.2f} GiB"
-        )
+        print(f"{name:<22} median {statistics.median(seconds):7.3f} s  (min {min(seconds):.3f}, "
+              f"max {max(seconds):.3f})   peak memory {peak / 2**30:.2f} GiB")
     a, b = (statistics.median(seconds) for seconds in zip(*times))
-    print(
-        f"ratio {options.presets[1]} : {options.presets[0]}   "
-        f"time {b / a:.3f}   memory {memory[1] / memory[0]:.3f}"
-    )
+    print(f"ratio {options.presets[1]} : {options.presets[0]}   "
+          f"time {b / a:.3f}   memory {memory[1] / memory[0]:.3f}")
 
 
 if __name__ == "__main__":

@@ -25,14 +25,17 @@ def complaint(monkeypatch, module, *words):
 @pytest.mark.parametrize("words, answer", [
     ("--model DiP-Nano/16 --image-size 250", "image_size=250 is not a multiple of patch_size=16"),
     ("--model DiP-XXL", "--model='DiP-XXL' is not one of: DiT-XL/16"),
-    ("--set hat=2", "--set='hat' is not one of: image_size"),
+    ("--set hat=2", "--set='hat' is not one of: patch_size"),
     ("--set depth=two", "--set depth=two: depth is a int"),
     ("--data no/such/folder", "--data no/such/folder is not a folder"),
+    ("--set image_size=64", "--set='image_size' is not one of: patch_size"),
     ("--batch-size 0", "--batch-size 0 must be at least 1"),
+    ("--micro-batch -4", "--micro-batch -4 must be at least 1"),
+    ("--cooldown 500", "--cooldown 500.0 is a share: it must be from 0 to 1"),
     ("--batch-size 10 --micro-batch 4", "10 is not a multiple of 1 processes x --micro-batch 4"),
     ("--lr -1", "--lr -1.0 must be at least 0"),
     ("--device abacus", "--device abacus"),
-    ("--repa x --repa-repo no/folder --repa-source local", "--repa x: cannot load it from no/f"),
+    ("--repa x --repa-repo no/folder --repa-source local", "--repa x: cannot use it from no/fo"),
 ])
 def test_training_refuses(monkeypatch, tmp_path, words, answer):
     monkeypatch.chdir(tmp_path)
@@ -60,6 +63,13 @@ def test_training_refuses_to_continue_another_configuration(monkeypatch, trained
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_training_refuses_to_continue_with_another_seed(monkeypatch, trained):
+    line = complaint(monkeypatch, train, TINY, "--steps 2 --seed 7 --out", trained)
+    assert "--seed 0 there, 7 here" in line
+    line = complaint(monkeypatch, train, TINY, "--steps 1 --out", trained)
+    assert "is already at step 1 of --steps 1" in line
+
+
 def test_training_refuses_a_folder_it_cannot_write(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert f"{tmp_path}/file" in complaint(monkeypatch, train, TINY, f"--out {tmp_path}/file/run")
@@ -75,6 +85,7 @@ def test_training_refuses_a_folder_it_cannot_write(monkeypatch, tmp_path):
     ("--time-shift 0", "--time-shift 0.0 must be above 0"),
     ("--size 16 17", "--size=17 is not a multiple of patch_size=4; nearest that fit: 16, 20"),
     ("--num-samples 4 --out s.png", "--out s.png must end in .npz"),
+    ("--num-samples 4 --class 1", "--num-samples takes the classes in turn; leave out --class"),
     ("--steps 1 --class 1 --out /proc/no/where.png", "/proc/no"),
 ])
 def test_sampling_refuses(monkeypatch, trained, tmp_path, words, answer):
@@ -102,7 +113,7 @@ def wrong_weights(trained):
 @pytest.mark.parametrize("write, answer", [
     (lambda path, _: path.write_text("hello"), "is not a checkpoint of train.py"),
     (lambda path, _: path.touch(), "is not a checkpoint of train.py"),
-    (lambda path, _: torch.save({"model": {}}, path), "it has no ['classes', 'config', 'ema'"),
+    (lambda path, _: torch.save({"model": {}}, path), "it has no classes, config, ema, names"),
     (lambda path, _: torch.save(Hostile(), path), "is not a checkpoint of train.py (Unpickling"),
     (lambda path, run: torch.save(wrong_weights(run), path), "weights and configuration disagree"),
 ], ids=["text", "empty", "other dict", "pickle that runs code", "wrong weights"])

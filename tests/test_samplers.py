@@ -228,3 +228,8 @@ def test_a_class_is_found_by_index_folder_or_name():
         find_class("goldfisch", classes, names)
     with pytest.raises(ValueError, match="classes 0 to 2"):
         find_class("3", classes, names)
+    assert find_class("zebra finch", ["zebra_finch"], ["zebra_finch"]) == 0
+    digits = ["0", "1", "10", "2"]  # sorted as folder names are
+    assert find_class("1", digits, digits) == 1
+    with pytest.raises(ValueError, match="is the index of '10', and the name of class 3"):
+        find_class("2", digits, digits)

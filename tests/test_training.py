@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 
 import sample
 import train
-from train import Examples, FolderData, ShapesData, center_crop, positions, update_ema
+from dip import PRESETS
+from train import (Examples, FolderData, ShapesData, TrainOptions, center_crop, learning_rate,
+                   positions, update_ema)
 
 def flat(tree):
     """All tensors and numbers in a nested dict, by path."""
@@ -228,6 +230,29 @@ def test_the_average_of_weights_warms_up():
         assert ema.weight.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_the_learning_rate_rises_stays_and_falls():
+    options = TrainOptions(steps=100, lr=1.0, warmup=9, cooldown=0.2)
+    rates = [learning_rate(options, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert rates[10:79] == [1.0] * 69
+    assert rates[80:] == pytest.approx([k / 21 for k in range(20, 0, -1)])
+    constant = TrainOptions(steps=100, lr=1e-4, warmup=0, cooldown=0.0)  # the paper's
+    assert {learning_rate(constant, step) for step in range(100)} == {1e-4}
+
+
+def test_without_a_gpu_and_without_a_model_the_settings_are_a_laptops(capsys):
+    """Announced, and only then: a preset that is asked for brings the paper's settings."""
+    options = TrainOptions()
+    config = train.configure(options, torch.device("cpu"))
+    assert (options.model, options.steps, config.image_size) == ("DiP-Nano/16", 3500, 48)
+    assert "no CUDA and no --model: a small model" in capsys.readouterr().out
+    for device, chosen in (("cuda", None), ("cpu", "DiP-XL/16")):
+        options = TrainOptions(model=chosen)
+        config = train.configure(options, torch.device(device))
+        assert (options.model, options.batch_size, options.lr) == ("DiP-XL/16", 256, 1e-4)
+        assert config == PRESETS["DiP-XL/16"] and capsys.readouterr().out == ""
+
+
 # --- whole runs ---------------------------------------------------------------------------------
 
 
@@ -250,6 +275,30 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(monkeypatch, tmp_path, c
     assert written <= set(os.listdir(tmp_path / "two"))
 
 
+@pytest.mark.parametrize("crash", [2, 5])
+def test_a_run_that_died_is_repeated_by_the_same_command(monkeypatch, tmp_path, crash):
+    """Before the first checkpoint or after it, with accumulation: nothing is logged twice."""
+    command = TINY, "--steps 6 --sample-every 3 --log-every 1 --micro-batch 2"
+    run(monkeypatch, train, *command, f"--out {tmp_path}/whole")
+    honest, calls = train.update_ema, []
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if len(calls) == crash:
+            raise KeyboardInterrupt
+        honest(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "update_ema", dies)
+        run(patch, train, *command, f"--out {tmp_path}/died")
+    run(monkeypatch, train, *command, f"--out {tmp_path}/died")
+    whole, died = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "died")
+    for key in ("model", "ema", "optimizer"):
+        assert_same(whole[key], died[key], rtol=0, atol=0)
+    logs = [train.read_log(tmp_path / name) for name in ("whole", "died")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+
+
 def test_a_checkpoint_is_builtins_and_tensors_and_says_what_it_is(monkeypatch, tmp_path, folder):
     run(monkeypatch, train, TINY, f"--steps 1 --data {folder} --out {tmp_path}/run")
     state = checkpoint(tmp_path / "run")  # weights_only=True
@@ -266,12 +315,12 @@ def test_old_checkpoints_are_dropped(monkeypatch, tmp_path):
     assert kept == ["ckpt-00000003.pt", "ckpt-00000004.pt"]
 
 
-def test_two_processes_and_four_passes_train_the_same_run(monkeypatch, tmp_path):
+def test_processes_and_passes_train_the_same_run(monkeypatch, tmp_path):
     """Up to the order of float sums: forbids seeds by rank, and means of unequal shares."""
     steps = "--steps 4 --sample-every 4"
     run(monkeypatch, train, TINY, steps, f"--out {tmp_path}/one")
     run(monkeypatch, train, TINY, steps, f"--out {tmp_path}/passes --micro-batch 1")
-    torchrun(2, "train.py", TINY, steps, f"--out {tmp_path}/two", cwd=tmp_path)
+    torchrun(2, "train.py", TINY, steps, f"--out {tmp_path}/two --micro-batch 1", cwd=tmp_path)
     one = checkpoint(tmp_path / "one")
     for other in ("passes", "two"):
         assert_same(one["model"], checkpoint(tmp_path / other)["model"], rtol=1e-4, atol=1e-5)
@@ -345,6 +394,8 @@ def test_an_interrupted_export_continues(monkeypatch, trained, tmp_path):
     limit = None
     assert np.array_equal(export(monkeypatch, trained, tmp_path / "s.npz")["arr_0"], whole)
     assert len(drawn) == 5  # two before, three after: none twice
+    with pytest.raises(ValueError, match="is there already"):
+        export(monkeypatch, trained, tmp_path / "s.npz")
 
 
 def test_two_processes_export_the_array_of_one(monkeypatch, trained, tmp_path):
