@@ -23,8 +23,8 @@ Conventions, stated here once:
     * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, D token width.
       Inside a head: M inputs at a time (M = B N patches, or B images) and C, the head's width.
 
-Equations, tables and sections are those of the paper (arXiv 2511.18822).  A mark `paper silent [what]`
-stands where it leaves a choice open or contradicts itself; the README's table gives the reasons.
+Equations, tables and sections are those of the paper (arXiv 2511.18822).  The mark `paper silent
+[what]` stands where it leaves a choice open or contradicts itself; the README gives the reasons.
 
 `python dip.py` prints the size and cost of every preset beside the paper's size.
 """
