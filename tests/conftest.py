@@ -1,7 +1,11 @@
 import pytest
 from commands import TINY, run
+from hypothesis import settings
 
 import train
+
+settings.register_profile("any machine", deadline=None)  # laws are not timed
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

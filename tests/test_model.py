@@ -119,7 +119,7 @@ def test_a_fresh_dit_predicts_zero_and_a_fresh_detailer_does_not():
     assert DiP(VARIANTS["unet"])(x, t, y).std() > 0.1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(row=st.integers(0, 5), column=st.integers(0, 5), seed=st.integers(0, 2**31))
 def test_rope_makes_attention_depend_on_relative_position_only(row, column, seed):
     """A 3 x 4 window gives the same answer wherever it lies, and another if it is turned."""
@@ -155,7 +155,7 @@ def test_every_parameter_gets_a_gradient(name):
 # --- the model ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(name=st.sampled_from(sorted(VARIANTS)), rows=st.integers(1, 5), columns=st.integers(1, 5))
 def test_any_rectangle_of_whole_patches_is_legal(name, rows, columns):
     """A model built for one size gives a velocity for every pixel of another."""

@@ -50,7 +50,7 @@ def test_neither_shape_nor_texture_alone_tells_the_class():
         assert all(parts.count(part) == 2 for part in parts)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(index=st.integers(0, 10**6), size=st.sampled_from([16, 48, 100]))
 def test_an_embedded_image_is_a_function_of_its_index(index, size):
     image = ShapesData(size).image(index)
@@ -79,7 +79,7 @@ def test_training_and_validation_images_are_different():
 # --- the image folder ---------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([1, 16, 63, 64]))
 def test_the_crop_has_its_size_whatever_came_in(width, height, size):
     assert center_crop(Image.new("RGB", (width, height)), size).size == (size, size)
