@@ -526,7 +526,8 @@ def main():
         if len(set(steps)) > 1:
             raise ValueError(f"--out {out} is not the same folder for all processes: steps {steps}")
     if first_step >= options.steps:
-        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}")
+        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
+                         f"a larger --steps trains on")
     if rank == 0:
         trim_log(out, first_step)
     net = torch.compile(model) if options.compile else model

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from dip import (HEADS, PRESETS, Attention, Block, DetailLayer, DiP, DiPConfig, TimeEmbedding, cost,
                  patchify, rope_angles)
 
-HEAD_VARIANTS = list(HEADS)
-
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -42,7 +40,7 @@ def test_every_patch_hears_every_other_through_the_backbone(name):
         assert listens(lambda x: model(x, t, y), x, model.config.patch_size).all()
 
 
-@pytest.mark.parametrize("name", HEAD_VARIANTS)
+@pytest.mark.parametrize("name", HEADS)
 def test_the_head_alone_is_deaf_to_other_patches(name):
     """With tokens held fixed, moving patch j changes output patch j and no other (Sec. 3.3)."""
     model = awake(VARIANTS[name])
@@ -65,7 +63,7 @@ def test_the_head_on_the_whole_image_hears_its_neighbours():
         assert heard[neighbours, j].all()
 
 
-@pytest.mark.parametrize("name", HEAD_VARIANTS)
+@pytest.mark.parametrize("name", HEADS)
 def test_the_head_listens_to_its_token(name):
     """Moving token j changes output patch j and no other."""
     model = awake(VARIANTS[name])
