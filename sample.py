@@ -193,13 +193,23 @@ def draw_grid(rows, labels, headers=None, cell=96):
 
 
 def save_atomically(path, write):
-    """Call write(temporary path), then move the finished file into place: never half a file."""
+    """Call write(temporary path), then move the finished file into place: never half a file, not
+    even after a power loss."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())                          # its bytes are on the disk,
         os.replace(partial, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)                                 # and so is its name
+            os.close(folder)
+    except RuntimeError as error:                            # torch.save's answer to a full disk
+        line = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written; is the disk full? ({line})") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -207,48 +217,73 @@ def save_atomically(path, write):
 # -------------------------------------------------------------------------------------------------
 # Checkpoints: a dict of builtins and tensors, so that weights_only=True can open it
 
+CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "tally": torch.Tensor,
+              "config": dict, "classes": list, "names": list, "options": dict}
 
-def newest_checkpoint(folder):
-    """The last checkpoint written below a folder, or None."""
-    found = Path(folder).glob("**/ckpt-*.pt")
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+
+def load_checkpoint(path, verify=False):
+    """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it.
+
+    verify: also hold every byte against the checksums in the file, as nothing else does.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
+    try:
+        damaged = zipfile.ZipFile(path).testzip() if verify else None
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
+    except Exception as error:       # a hostile or broken file may fail anywhere inside the reader
+        kind = type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py, or not all of it is there "
+                         f"({kind})") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} in it does not have its checksum")
+    if wrong:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(wrong)}")
+    return state
+
+
+def newest_intact(folder, verify=False):
+    """Path of the last readable checkpoint of a run, or None where there is no checkpoint at all.
+
+    Names the broken ones it passes over; if all are, that is an error and no new beginning.
+    """
+    paths = sorted(Path(folder).glob("ckpt-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            load_checkpoint(path, verify)
+            return path
+        except ValueError as error:
+            print(f"warning: {error}; going back to the checkpoint before it")
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
 
 
 def find_checkpoint(given=None):
     """Path of a checkpoint: the file given, or the newest below the folder given or runs/."""
     path = Path(given or "runs")
-    if path.is_dir() or given is None:
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise FileNotFoundError(f"no checkpoint under {path}/; `python train.py` makes one")
-        return newest
-    return path
-
-
-def load_checkpoint(path):
-    """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"model", "ema", "optimizer", "step", "config", "classes", "names", "options"}
-        missing = sorted(missing - set(state))
-    except Exception as error:       # a hostile or broken file may fail anywhere inside the reader
-        kind = type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py ({kind})") from None
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(missing)}")
-    return state
+    if given and not path.is_dir():
+        return path
+    newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
+    if newest is None:
+        raise FileNotFoundError(f"no checkpoint under {path}/; `python train.py` makes one")
+    return newest_intact(newest.parent)
 
 
 def load_model(path, device, ema=True):
     """(model in eval mode, checkpoint dict without its weights)"""
     state = load_checkpoint(path)
+    weights, labels = state["ema" if ema else "model"], state["classes"] + state["names"]
     try:
-        model = DiP(DiPConfig(**state["config"])).to(device).eval()
-        model.load_state_dict(state["ema" if ema else "model"])
-    except (TypeError, RuntimeError) as error:
-        line = str(error).splitlines()[0]
+        config = DiPConfig(**state["config"])
+        if config.depth > len(weights):                      # before a hostile depth is built
+            raise ValueError(f"{len(weights)} weights for a depth of {config.depth}")
+        if len(labels) != 2 * config.num_classes or not all(isinstance(x, str) for x in labels):
+            raise ValueError(f"classes and names are not {config.num_classes} texts each")
+        model = DiP(config).to(device).eval()
+        model.load_state_dict(weights)
+    except Exception as error:       # whatever a configuration from a stranger may raise
+        line = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: weights and configuration disagree: {line}") from None
     del state["model"], state["ema"], state["optimizer"]
     return model.requires_grad_(False), state
@@ -281,8 +316,43 @@ def find_class(query, classes, names):
 # Processes and devices: one, or many under torchrun
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a command.  All of them call a method together; one alone need not wait."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def barrier(self):
+        """Nobody goes on before everybody is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, thing):
+        """Everybody's thing, by rank."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def on_first(self, function, *arguments):
+        """What rank 0, and rank 0 alone, gets from the function."""
+        return self.gather(function(*arguments) if self.rank == 0 else None)[0]
+
+    def reduce(self, tensor):
+        """The sum over the ranks, in place, and returned."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """True for all of them if it is for any."""
+        return self.reduce(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+
+
 def start_processes(device="auto"):
-    """(rank, number of processes, torch.device), after joining torchrun's group if there is one."""
+    """This process among its peers, and its device, after joining torchrun's group if any."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
@@ -298,7 +368,7 @@ def start_processes(device="auto"):
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return Processes(rank, world, device)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -346,8 +416,8 @@ def at_least(minimum, **values):
 def run_main(main):
     """Run a command; what the user can mend ends in one line and exit code 1, no traceback."""
     try:
-        main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        code = main()
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # the last of a
         line = line.removeprefix("ValueError: ")                                 # loader process
         if isinstance(error, torch.OutOfMemoryError):
@@ -357,6 +427,7 @@ def run_main(main):
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code)
 
 
 @dataclass
@@ -440,12 +511,13 @@ def sample_grid(model, names, options):
         print(f"wrote {path}: the predicted clean image of the first sample, from noise to data")
 
 
-def export(model, state, options, rank, world):
+def export(model, options, processes):
     """`--num-samples` images with label i mod K as uint8 NHWC `arr_0`, labels `arr_1`.
 
     The work is cut into batches of fixed composition, dealt to the ranks in turn, each saved when
     done: the same command goes on where it was stopped, and the ranks do not matter.
     """
+    rank, world = processes.rank, processes.world
     N, K, out = options.num_samples, model.config.num_classes, Path(options.out or "samples.npz")
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} must end in .npz with --num-samples")
@@ -459,9 +531,8 @@ def export(model, state, options, rank, world):
     if rank == 0 and not note.exists():
         shutil.rmtree(parts, ignore_errors=True)
         save_atomically(note, lambda path: path.write_text(json.dumps(recipe)))
-    if world > 1:
-        dist.barrier()
-    if json.loads(note.read_text()) != recipe:
+    processes.barrier()
+    if read_recipe(note) != recipe:
         raise ValueError(f"{parts} holds a half-done export with other settings; "
                          f"delete it, or choose another --out")
     batches = [range(i, min(i + options.batch, N)) for i in range(0, N, options.batch)]
@@ -469,23 +540,39 @@ def export(model, state, options, rank, world):
     todo = [(indices, file) for indices, file in zip(batches, files) if not file.exists()]
     if rank == 0 and len(todo) < len(files):
         print(f"continuing: {len(files) - len(todo)} of {len(files)} batches are already drawn")
-    if world > 1:
-        dist.barrier()                                       # all have looked before any draws
+    processes.barrier()                                      # all have looked before any draws
     for indices, file in tqdm(todo[rank::world], "exporting", unit="batch", disable=rank > 0):
         x = generate(model, [i % K for i in indices], indices, **options.settings())
-        save_atomically(file, lambda path: save_array(path, to_uint8(x)))
-    if world > 1:
-        dist.barrier()
+        save_atomically(file, lambda path: save_part(path, to_uint8(x)))
+    processes.barrier()
     if rank == 0:
-        shape = (N, *np.load(files[0], mmap_mode="r").shape[1:])
+        shape = (N, *read_part(files[0]).shape[1:])
         save_atomically(out, lambda path: write_npz(path, files, shape, np.arange(N) % K))
         shutil.rmtree(parts)
         print(f"wrote {out}: arr_0 uint8 {shape}, {K} classes in turn")
 
 
-def save_array(path, array):
+def read_recipe(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged; delete {path.parent}, and draw again") from None
+
+
+def save_part(path, images):
     with open(path, "wb") as file:
-        np.save(file, array)
+        np.save(file, images)
+
+
+def read_part(path):
+    """uint8 (B, H, W, 3)"""
+    try:
+        images = np.load(path, allow_pickle=False)
+        if images.dtype == np.uint8 and images.ndim == 4:
+            return images
+    except Exception:                # numpy's reader raises nearly anything on a broken file
+        pass
+    raise ValueError(f"{path} is damaged; delete it, and the same command draws it again")
 
 
 def write_npz(path, files, shape, labels):
@@ -495,29 +582,29 @@ def write_npz(path, files, shape, labels):
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for file in files:
-                member.write(np.load(file).tobytes())
+                member.write(read_part(file).tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels.astype(np.int64))
 
 
 def main():
     options = parse_options(SampleOptions, __doc__)
-    rank, world, device = start_processes(options.device)
-    options.ckpt = str(find_checkpoint(options.ckpt))
+    processes = start_processes(options.device)
+    options.ckpt = str(processes.on_first(find_checkpoint, options.ckpt))
     if options.num_samples and options.class_:
         raise ValueError("--num-samples takes the classes in turn; leave out --class")
-    model, state = load_model(options.ckpt, device, options.ema)
+    model, state = load_model(options.ckpt, processes.device, options.ema)
     for side in options.size:
         check_multiple("--size", side, model.config.patch_size, "patch_size")
     names = state["names"]
     options.class_ = [find_class(query, state["classes"], names) for query in options.class_]
-    if rank == 0:
+    if processes.rank == 0:
         print(f"{options.ckpt}: step {state['step']}, {'EMA' if options.ema else 'last'} weights; "
               f"{options.sampler}, {options.steps} steps, cfg {options.cfg} for t in "
               f"{list(options.interval)}, seed {options.seed}")
     if options.num_samples:
-        export(model, state, options, rank, world)
-    elif rank == 0:
+        export(model, options, processes)
+    elif processes.rank == 0:
         options.class_ = options.class_ or list(range(len(names)))[:10]
         sample_grid(model, names, options)
 

@@ -9,33 +9,37 @@ Train a DiP.
 
 The same command resumes.  A run is a function of its options alone: example k of it draws image,
 flip, time, noise and label dropout from (seed, k), whatever the processes, passes and workers.
-A run writes ckpt-*.pt, log.jsonl, loss.png and samples-*.png into --out.
+A run writes ckpt-*.pt, log.jsonl, loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save
+a checkpoint and end it; an update that is not finite is skipped; an unreadable image is replaced.
 [CPU: ...] in the options below is the default without CUDA and --model.
 """
 
 import copy
-import dataclasses
 import json
 import os
 import re
+import signal
+import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
                  logit_normal_time)
-from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, option,
+from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, newest_intact, option,
                     parse_options, random_stream, run_main, save_atomically, start_processes,
                     to_uint8)
 
@@ -95,6 +99,7 @@ class ShapesData:
     names = [f"{texture} {shape}" for shape, texture in pairs]
     classes = names
     flip = False
+    bad = torch.zeros(0, dtype=torch.bool)                   # a drawing is never unreadable
 
     def __init__(self, size, length=50_000, first=0):
         self.size, self.length, self.first = size, length, first
@@ -104,11 +109,8 @@ class ShapesData:
     def __len__(self):
         return self.length
 
-    def label(self, index):
-        return index % 10
-
-    def image(self, index):
-        """uint8 (size, size, 3)"""
+    def __getitem__(self, index):
+        """uint8 (size, size, 3), label"""
         shape, texture = self.pairs[index % 10]
         rng = np.random.default_rng((2511, self.first + index))
         dx, dy, turn = rng.uniform(-1, 1, 3).astype(np.float32) * (0.1, 0.1, 0.2)
@@ -122,7 +124,7 @@ class ShapesData:
         sharpness = self.size / 53                           # a soft edge of about one pixel
         ink = np.clip(0.5 + sharpness * texture_wave(texture, p, q), 0, 1)[..., None]
         picture = background + inside * (dark + ink * (light - dark) - background)
-        return (picture + 0.5).astype(np.uint8)
+        return (picture + 0.5).astype(np.uint8), index % 10
 
 
 # -------------------------------------------------------------------------------------------------
@@ -144,6 +146,25 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def read_image(path, size):
+    """uint8 (size, size, 3) of a file: grey, CMYK, palette or 16 bits, upright by its EXIF.
+
+    Refuses what would need gigabytes.  A broken file may raise nearly anything.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} is too long to be scaled")
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except Exception:                                # of the EXIF alone; the image may live
+                upright = image
+            if upright.mode.startswith("I"):                 # 16 bits: keep the upper 8
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.array(center_crop(upright.convert("RGB"), size))
+
+
 def imagenet_names():
     """{wnid: readable name} in the usual order of the 1000 classes, that of the sorted wnids."""
     lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
@@ -151,19 +172,24 @@ def imagenet_names():
 
 
 class FolderData:
-    """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions."""
+    """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions.
+
+    An unreadable file is named in a warning, once, and the next readable one stands in for it.
+    """
 
     flip = True
 
     def __init__(self, root, size):
-        root, self.size = Path(root), size
-        if not root.is_dir():
+        self.root, self.size = Path(root), size
+        if not self.root.is_dir():
             raise ValueError(f"--data {root} is not a folder")
         self.files, self.labels, self.classes = [], [], []
-        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+        for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
+            files = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
+                           for name in names
+                           if Path(name).suffix.lower() in ENDINGS and not name.startswith("."))
             if files:
-                self.files += map(str, files)
+                self.files += files
                 self.labels += [len(self.classes)] * len(files)
                 self.classes.append(folder.name)
         if not self.files:
@@ -171,20 +197,30 @@ class FolderData:
                              f"endings that are read: {' '.join(sorted(ENDINGS))}")
         known = imagenet_names()
         self.names = [known.get(name, name) for name in self.classes]
+        self.bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()      # with the workers
 
     def __len__(self):
         return len(self.files)
 
-    def label(self, index):
-        return self.labels[index]
+    def __getitem__(self, index):
+        """uint8 (size, size, 3), label"""
+        tried = [(index + k) % len(self) for k in range(len(self) // 100 + 1)]
+        for i in tried:
+            try:
+                return read_image(self.files[i], self.size), self.labels[i]
+            except Exception as error:
+                if not self.bad[i]:
+                    self.bad[i] = True
+                    tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
+                               f"stands in for it", file=sys.stderr)
+        self.refuse(tried)
 
-    def image(self, index):
-        """uint8 (size, size, 3)"""
-        try:
-            with Image.open(self.files[index]) as image:
-                return np.array(center_crop(image.convert("RGB"), self.size))
-        except Exception as error:       # Pillow's plugins raise nearly anything on a broken file
-            raise ValueError(f"{self.files[index]}: unreadable image ({error})") from None
+    def refuse(self, bad):
+        """End with the list if more than 1 % of the files are bad, given their indices."""
+        if len(bad) > len(self) / 100:
+            names = ", ".join(self.files[i] for i in sorted(bad)[:20])
+            raise ValueError(f"--data {self.root}: {len(bad)} of {len(self)} images unreadable, "
+                             f"more than 1 %: {names}{', ...' if len(bad) > 20 else ''}")
 
 
 def open_data(data, size):
@@ -226,10 +262,11 @@ class Examples(Dataset):
         u () ~ U(0, 1) for label dropout"""
         index, g = self.index(k), random_stream(self.seed, self.purpose, k)
         z, (u, coin) = torch.randn((), generator=g), torch.rand(2, generator=g)
-        x_0 = torch.from_numpy(self.data.image(index)).permute(2, 0, 1).float() / 127.5 - 1
+        pixels, label = self.data[index]
+        x_0 = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
         if self.data.flip and self.purpose == "train" and coin < 0.5:
             x_0 = x_0.flip(-1)
-        return x_0, self.data.label(index), torch.randn(x_0.shape, generator=g), z, u
+        return x_0, label, torch.randn(x_0.shape, generator=g), z, u
 
 
 def positions(first_step, last_step, batch, micro_batch, rank, world):
@@ -287,15 +324,17 @@ class TrainOptions:
 
     device: str = option("auto", "auto, cpu, cuda, mps", group="machine")
     compile: bool = option(False, "torch.compile the model")
+    grad_checkpoint: bool = option(False, "recompute activations: less memory, more time")
 
 
-def configure(options, device, rank=0):
+def configure(options, processes):
     """Fill in what the user left open; returns the DiPConfig, but for num_classes and repa_dim."""
+    device, world = processes.device, processes.world
     laptop = device.type != "cuda" and options.model is None
     defaults = LAPTOP if laptop else PAPER
     if laptop and (options.image_size or 0) > 64:            # fewer images: steps stay short
         defaults = LAPTOP | {"batch_size": max(4, 16 * 64**2 // options.image_size**2)}
-    if laptop and rank == 0:
+    if laptop and processes.rank == 0:
         print("no CUDA and no --model: a small model with settings for minutes, not the paper's")
     options.model = options.model or ("DiP-Nano/16" if laptop else "DiP-XL/16")
     check_choice("--model", options.model, PRESETS)
@@ -310,13 +349,18 @@ def configure(options, device, rank=0):
              log_every=options.log_every, save_every=options.save_every, keep=options.keep,
              sample_every=options.sample_every,
              micro_batch=1 if options.micro_batch is None else options.micro_batch)
+    if options.micro_batch is None:
+        options.micro_batch = max(1, options.batch_size // world)
+    if options.batch_size % (world * options.micro_batch):
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
+                         f"{world} processes x --micro-batch {options.micro_batch}")
     at_least(0, lr=options.lr, warmup=options.warmup, clip=options.clip)
     for field in ("cooldown", "ema", "label_dropout"):
         if not 0 <= getattr(options, field) <= 1:
             name, value = field.replace("_", "-"), getattr(options, field)
             raise ValueError(f"--{name} {value} is a share: it must be from 0 to 1")
     config = PRESETS[options.model]
-    fields = {field: type(value) for field, value in dataclasses.asdict(config).items()
+    fields = {field: type(value) for field, value in asdict(config).items()
               if field not in ("image_size", "num_classes", "repa_dim")}     # flag, data, encoder
     changes = {}
     for pair in options.set:
@@ -366,6 +410,13 @@ class Encoder:
         return tokens.transpose(1, 2).unflatten(2, (h, w))
 
 
+def checkpoint_activations(model):
+    """Let the backward pass compute the inside of each block and of the head once more, instead of
+    keeping it: the same gradients for less memory and more time."""
+    for module in (*model.blocks, model.last):
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
     """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)): a short run
@@ -374,23 +425,63 @@ def update_ema(ema, model, step, decay):
     get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
 
 
+TIME_BINS = 10           # of t, in which losses are logged
+MAX_SKIPPED = 10         # updates in a row that may be not finite
+
+
+def by_time(t, flow, repa):
+    """Sums over the images whose t is in each tenth: of flow, of repa, of 1.  (B,) -> (3, 10)"""
+    bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    values = torch.stack([flow, repa, torch.ones_like(flow)]).detach()
+    return torch.zeros(3, TIME_BINS, device=t.device).index_add(1, bins, values)
+
+
+def mean_losses(tally, prefix=""):
+    """What by_time() added up as a line of the log: means over all images, and over each tenth."""
+    flow, repa, count = tally.sum(1).tolist()
+    tenths = [round(total / n, 6) if n else None for total, _, n in tally.T.tolist()]
+    aligned = {f"{prefix}repa": repa / count} if repa else {}
+    return {f"{prefix}loss": flow / count, **aligned, f"{prefix}loss_by_t": tenths}
+
+
 @torch.no_grad()
 def validate(model, examples, device, batch=50, limit=500):
-    """Mean flow matching loss over `limit` fixed validation images and their fixed noise."""
-    total, count = 0.0, min(limit, len(examples.data))
+    """Flow matching losses of `limit` fixed validation images and their fixed noise, by time."""
+    tally, count = torch.zeros(3, TIME_BINS, device=device), min(limit, len(examples.data))
     for start in range(0, count, batch):
         chunk = [examples[k] for k in range(start, min(start + batch, count))]
         x_0, y, noise, z, _ = (x.to(device) for x in default_collate(chunk))
+        t = logit_normal_time(z)
         with autocast(device):
-            total += flow_matching_loss(model, x_0, y, logit_normal_time(z), noise)[0].sum().item()
-    return total / count
+            tally += by_time(t, *flow_matching_loss(model, x_0, y, t, noise))
+    return tally
+
+
+@contextmanager
+def noted_signals():
+    """Inside, SIGTERM and SIGINT are only written down: the loop ends itself at a whole step."""
+    noted = []
+    before = {number: signal.signal(number, lambda number, _: noted.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """In a loader process: whoever is signalled along with its parent goes on serving it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_checkpoint(out, keep, **state):
     """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond `keep`."""
-    save_atomically(out / f"ckpt-{state['step']:08d}.pt", lambda path: torch.save(state, path))
-    for old in sorted(out.glob("ckpt-*.pt"))[:-keep]:
-        old.unlink()
+    path = out / f"ckpt-{state['step']:08d}.pt"
+    save_atomically(path, lambda partial: torch.save(state, partial))
+    for old in sorted(old for old in out.glob("ckpt-*.pt") if old <= path)[:-keep]:
+        old.unlink()                 # a later one is broken, or this run would not be here
 
 
 def write_samples(out, step, ema, names, seed):
@@ -409,8 +500,16 @@ def write_log(out, **line):
 
 
 def read_log(out):
-    path = out / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of log.jsonl, but for those that a crash or a full disk cut short."""
+    path, lines = out / "log.jsonl", []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
 
 
 def draw_loss_curve(out):
@@ -431,13 +530,10 @@ def draw_loss_curve(out):
     plt.close(figure)
 
 
-def resume(out, options, config, data, model, ema, optimizer, rank):
-    """Load the newest checkpoint of the run, if any; returns the number of steps already done."""
-    path = max(out.glob("ckpt-*.pt"), default=None)
-    if path is None:
-        return 0
+def resume(path, options, config, data, model, ema, optimizer, rank):
+    """Put a checkpoint's state where it belongs; returns (steps already done, unlogged losses)."""
     state = load_checkpoint(path)
-    old, new = state["config"], dataclasses.asdict(config)
+    old, new = state["config"], asdict(config)
     differ = [f"{key}={old.get(key)!r} there, {new[key]!r} here"
               for key in new if old.get(key) != new[key]]
     for field in ("seed", "batch_size", "time_mean", "label_dropout", "ema"):
@@ -449,23 +545,25 @@ def resume(out, options, config, data, model, ema, optimizer, rank):
     if differ:
         raise ValueError(f"{path} is of another configuration ({'; '.join(differ)}); "
                          f"choose another --out")
-    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
-        before, now = state["options"].get(field), getattr(options, field)
-        if before != now and rank == 0:
-            print(f"changed since the checkpoint: --{field} {before} -> {now}")
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
+    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
+        before, now = state["options"].get(field), getattr(options, field)
+        if before != now and rank == 0:
+            print(f"changed since the checkpoint: --{field} {before} -> {now}")
     if rank == 0:
         print(f"resumed at step {state['step']}")
-    return state["step"]
+    return state["step"], state["tally"] if rank == 0 else torch.zeros_like(state["tally"])
 
 
-def trim_log(out, step):
-    """Drop the lines after `step`: those steps will be run again."""
+def tidy(out, step):
+    """Drop what a killed run left: half-written files, and log lines of steps to be run again."""
+    for path in out.glob(".*.partial"):
+        path.unlink()
     kept = [line for line in read_log(out) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     save_atomically(out / "log.jsonl", lambda path: path.write_text(text))
@@ -475,117 +573,177 @@ def trim_log(out, step):
 # The run
 
 
-def announce(options, config, data, device, world, accumulation):
+def announce(options, config, data, processes):
     """The first lines: what is going to happen, and every setting."""
     parameters, flops = cost(config)
+    world, passes = processes.world, options.batch_size // processes.world // options.micro_batch
     print(f"{options.model}: {parameters / 1e6:.2f} M weights, {flops / 1e9:.3g} GFLOPs a forward, "
-          f"{device}, {world} process{'es' * (world > 1)}")
+          f"{processes.device}, {world} process{'es' * (world > 1)}")
     print(f"{options.data or 'embedded shapes'}: {len(data)} images of {options.image_size} x "
           f"{options.image_size} in {len(data.classes)} classes")
-    print(f"{options.steps} steps of {options.batch_size} images in {accumulation} "
-          f"pass{'es' * (accumulation > 1)}, into {options.out}")
+    print(f"{options.steps} steps of {options.batch_size} images in {passes} "
+          f"pass{'es' * (passes > 1)}, into {options.out}")
     for kind, settings in (("options", options), ("config", config)):
-        pairs = dataclasses.asdict(settings).items()
+        pairs = asdict(settings).items()
         print(f"{kind}: " + " ".join(f"{key}={value}" for key, value in pairs if value is not None))
+
+
+def refuse_bad_files(data, processes):
+    """End the run, on all ranks, if more than 1 % of the files turned out unreadable on any."""
+    bad = set().union(*processes.gather(data.bad.nonzero().flatten().tolist()))
+    if bad:
+        data.refuse(bad)
+
+
+def show(out, step, ema, data, val_data, seed):
+    """Validation loss into the log, a grid of samples, the loss curve."""
+    if val_data:
+        device = next(ema.parameters()).device
+        losses = validate(ema, Examples(val_data, 0, "val"), device)
+        write_log(out, step=step, **mean_losses(losses, "val_"))
+    write_samples(out, step, ema, data.names, seed)
+    draw_loss_curve(out)
+
+
+def report_skipped(out, step, skipped, losses, processes):
+    """Say where an update was not finite; end the run after too many in a row."""
+    flow = processes.reduce(losses)[0].tolist()
+    where = [f"{k / TIME_BINS:.1f} to {(k + 1) / TIME_BINS:.1f}" for k in range(TIME_BINS)
+             if not np.isfinite(flow[k])]
+    what = f"the loss for t in {', '.join(where)}" if where else "the gradient, and no loss,"
+    if processes.rank == 0:
+        tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
+        write_log(out, step=step, skipped=what)
+    if skipped == MAX_SKIPPED:
+        last = max(out.glob("ckpt-*.pt"), default=None)
+        raise FloatingPointError(f"{skipped} updates in a row were not finite, the last at step "
+                                 f"{step}: {what}; last good checkpoint: {last}; try a lower --lr")
+
+
+def begin(options, config, data, processes):
+    """Model, its average and optimizer, steps done and unlogged losses: new, or from --out."""
+    out, rank, device = Path(options.out), processes.rank, processes.device
+    torch.manual_seed(options.seed)                          # the same weights on every rank
+    model = DiP(config).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
+    first_step, tally = 0, torch.zeros(3, TIME_BINS)
+    if path := processes.on_first(newest_intact, out, True):
+        first_step, tally = resume(path, options, config, data, model, ema, optimizer, rank)
+    if first_step >= options.steps:
+        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
+                         f"a larger --steps trains on")
+    if rank == 0:
+        tidy(out, first_step)
+    return model, ema, optimizer, first_step, tally.to(device)
+
+
+def load(options, data, processes, first_step):
+    """This rank's passes through the rest of the run, as Examples describes them, on its device."""
+    device = processes.device
+    shares = positions(first_step, options.steps, options.batch_size, options.micro_batch,
+                       processes.rank, processes.world)
+    for batch in DataLoader(Examples(data, options.seed), batch_sampler=shares,
+                            num_workers=options.workers, worker_init_fn=ignore_signals,
+                            pin_memory=device.type == "cuda"):
+        yield [x.to(device, non_blocking=True) for x in batch]
+
+
+def fit(options, config, data, val_data, processes, encoder=None, signals=()):
+    """Train from the newest checkpoint in --out, if any, to --steps, or until there is a signal.
+
+    Returns the averaged model and the number of steps it has been trained for.
+    """
+    out, rank, world, device = Path(options.out), processes.rank, processes.world, processes.device
+    model, ema, optimizer, first_step, tally = begin(options, config, data, processes)
+    if options.grad_checkpoint:
+        checkpoint_activations(model)
+    net = torch.compile(model) if options.compile else model
+    net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    batches, seconds, skipped = load(options, data, processes, first_step), [], 0
+    passes = options.batch_size // (world * options.micro_batch)
+    progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps,
+                    disable=rank > 0, unit="step", dynamic_ncols=True)
+    for step in progress:
+        start = time.time()
+        lr = learning_rate(options, step)
+        optimizer.param_groups[0]["lr"] = lr
+        losses = torch.zeros_like(tally)
+        for k in range(passes):
+            x_0, y, noise, z, u = next(batches)
+            y = drop_labels(y, u, config.num_classes, options.label_dropout)
+            t = logit_normal_time(z, options.time_mean)
+            early = world > 1 and k < passes - 1             # ranks meet in the last pass only
+            with net.no_sync() if early else nullcontext():
+                with autocast(device):
+                    features = encoder(x_0) if encoder else None
+                    flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
+                ((flow + REPA_WEIGHT * repa).mean() / passes).backward()
+            losses += by_time(t, flow, repa)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or float("inf"))
+        if norm.isfinite():                                  # the same on all ranks
+            optimizer.step()
+            update_ema(ema, model, step, options.ema)
+            tally, skipped = tally + losses, 0
+        else:
+            skipped += 1
+            report_skipped(out, step + 1, skipped, losses, processes)
+        optimizer.zero_grad()
+        seconds.append(time.time() - start)
+
+        done, last, stop = step + 1, step + 1 == options.steps, processes.any(signals)
+        log, look, save = (last or done % every == 0 for every in
+                           (options.log_every, options.sample_every, options.save_every))
+        save = last or (save or stop) and not skipped        # nothing is saved in a bad stretch
+        if log or save:
+            tally = processes.reduce(tally) * (rank == 0)    # rank 0 keeps what all have seen
+        if log:
+            refuse_bad_files(data, processes)
+        if rank == 0 and log and tally.any():
+            speed = options.batch_size * len(seconds) / sum(seconds)
+            line = dict(step=done, **mean_losses(tally), lr=lr,
+                        grad_norm=None if skipped else norm.item(),
+                        images_per_s=round(speed, 1))
+            write_log(out, **line)
+            progress.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
+            tally, seconds = torch.zeros_like(tally), []
+        if rank == 0 and look:
+            show(out, done, ema, data, val_data, options.seed)
+        if rank == 0 and save:
+            write_checkpoint(
+                out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict(), step=done, tally=tally, config=asdict(config),
+                options=asdict(options), classes=data.classes, names=data.names)
+        if stop:
+            break
+    return ema, done
 
 
 def main():
     options = parse_options(TrainOptions, __doc__)
-    rank, world, device = start_processes(options.device)
-    config = configure(options, device, rank)
-    out = Path(options.out)
-
-    micro_batch = max(1, options.batch_size // world if options.micro_batch is None
-                      else options.micro_batch)
-    accumulation = options.batch_size // (world * micro_batch)
-    if options.batch_size % (world * micro_batch):
-        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
-                         f"{world} processes x --micro-batch {micro_batch}")
-
+    processes = start_processes(options.device)
+    config = configure(options, processes)
     data, val_data = open_data(options.data, options.image_size)
     encoder = None
     if options.repa:                             # one process a node fills the cache of torch.hub
         waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
         if waits:
-            dist.barrier()
-        encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
-        if world > 1 and not waits:
-            dist.barrier()
+            processes.barrier()
+        encoder = Encoder(options.repa, options.repa_repo, options.repa_source, processes.device)
+        if not waits:
+            processes.barrier()
     config = config.replace(num_classes=len(data.classes), repa_dim=encoder.dim if encoder else 0)
-    if rank == 0:
-        announce(options, config, data, device, world, accumulation)
-
-    torch.manual_seed(options.seed)                          # the same weights on every rank
-    model = DiP(config).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
-    first_step = resume(out, options, config, data, model, ema, optimizer, rank)
-    if world > 1:
-        steps = [None] * world
-        dist.all_gather_object(steps, first_step)
-        if len(set(steps)) > 1:
-            raise ValueError(f"--out {out} is not the same folder for all processes: steps {steps}")
-    if first_step >= options.steps:
-        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
-                         f"a larger --steps trains on")
-    if rank == 0:
-        trim_log(out, first_step)
-    net = torch.compile(model) if options.compile else model
-    net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-
-    shares = positions(first_step, options.steps, options.batch_size, micro_batch, rank, world)
-    batches = iter(DataLoader(Examples(data, options.seed), batch_sampler=shares,
-                              num_workers=options.workers, pin_memory=device.type == "cuda"))
-    progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps,
-                    disable=rank > 0, unit="step", dynamic_ncols=True)
-    sums, since = torch.zeros(3, device=device), time.time()     # of flow, of repa, of passes
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step)
-        for k in range(accumulation):
-            x_0, y, noise, z, u = (x.to(device, non_blocking=True) for x in next(batches))
-            y = drop_labels(y, u, config.num_classes, options.label_dropout)
-            t = logit_normal_time(z, options.time_mean)
-            early = world > 1 and k < accumulation - 1           # ranks meet in the last pass only
-            with net.no_sync() if early else nullcontext():
-                with autocast(device):
-                    features = encoder(x_0) if encoder else None
-                    flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
-                ((flow + REPA_WEIGHT * repa).mean() / accumulation).backward()
-            sums += torch.stack([flow.mean(), repa.mean(), torch.ones_like(flow[0])]).detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, step, options.ema)
-
-        done, last = step + 1, step + 1 == options.steps
-        if last or done % options.log_every == 0:
-            if world > 1:
-                dist.all_reduce(sums)
-            if rank == 0:
-                flow, repa, passes = sums.tolist()
-                speed = passes * micro_batch / (time.time() - since)
-                write_log(out, step=done, loss=flow / passes, repa=repa / passes, lr=group["lr"],
-                          grad_norm=norm.item(), images_per_s=round(speed, 1))
-                progress.set_postfix_str(f"loss {flow / passes:.4f}, {speed:.0f} images/s")
-            sums, since = torch.zeros_like(sums), time.time()
-        if rank == 0 and (last or done % options.sample_every == 0):
-            pause = time.time()
-            if val_data:
-                loss = validate(ema, Examples(val_data, 0, "val"), device)
-                write_log(out, step=done, val_loss=loss)
-            write_samples(out, done, ema, data.names, options.seed)
-            draw_loss_curve(out)
-            since += time.time() - pause
-        if rank == 0 and (last or done % options.save_every == 0):
-            write_checkpoint(
-                out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), step=done, config=dataclasses.asdict(config),
-                classes=data.classes, names=data.names, options=dataclasses.asdict(options))
-
-    if rank == 0:
-        print(f"done: look at {out}/samples-{options.steps:08d}.png and {out}/loss.png; next:\n"
-              f'    python sample.py --class "{data.names[0]}"')
+    if processes.rank == 0:
+        announce(options, config, data, processes)
+    with noted_signals() as signals:
+        _, done = fit(options, config, data, val_data, processes, encoder, signals)
+    if done < options.steps:
+        if processes.rank == 0:
+            print(f"stopped by a signal after step {done}; the same command goes on")
+        return 128 + max(signals, default=signal.SIGTERM)    # as a shell counts
+    if processes.rank == 0:
+        print(f"done: look at {options.out}/samples-{done:08d}.png and {options.out}/loss.png; "
+              f'next:\n    python sample.py --class "{data.names[0]}"')
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dip import DiP, DiPConfig, flow_matching_loss, logit_normal_time
 from sample import option, parse_options, run_main
-from train import Examples, open_data, positions, validate
+from train import Examples, mean_losses, open_data, positions, validate
 
 BASE = DiPConfig(
     image_size=32,
@@ -78,7 +78,8 @@ def final_loss(config, change, data, val_data, options, seed):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return validate(model, Examples(val_data, 0, "val"), torch.device("cpu"))
+    losses = validate(model, Examples(val_data, 0, "val"), torch.device("cpu"))
+    return mean_losses(losses)["loss"]
 
 
 def main():

@@ -41,18 +41,17 @@ def train_classifier(size, steps=300, batch=64, seed=0):
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     for step in tqdm(range(steps), "classifier", unit="step"):
         indices = range(step * batch, (step + 1) * batch)
-        x = as_input(np.stack([data.image(i) for i in indices]))
+        images, labels = zip(*(data[i] for i in indices))
+        x = as_input(np.stack(images))
         x = x + 0.1 * torch.rand(()) * torch.randn_like(x)
-        loss = F.cross_entropy(net(x), torch.tensor([data.label(i) for i in indices]))
+        loss = F.cross_entropy(net(x), torch.tensor(labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
     net.eval()
-    truth = np.array([held_out.label(i) for i in range(1000)])
-    return net, float(
-        (predict(net, np.stack([held_out.image(i) for i in range(1000)])) == truth).mean()
-    )
+    images, truth = zip(*(held_out[i] for i in range(1000)))
+    return net, float((predict(net, np.stack(images)) == np.array(truth)).mean())
 
 
 @torch.no_grad()
@@ -75,7 +74,7 @@ class Options:
 
 def main():
     options = parse_options(Options, __doc__)
-    _, _, device = start_processes()
+    device = start_processes().device
     path = find_checkpoint(options.ckpt)
     model, state = load_model(path, device)
     if state["classes"] != ShapesData.classes:

@@ -72,7 +72,7 @@ def main():
     for name in options.presets:
         check_choice("--presets", name, PRESETS)
     at_least(2, repeat=options.repeat)
-    _, _, device = start_processes(options.device)
+    device = start_processes(options.device).device
     memory = []
     for name in options.presets:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:

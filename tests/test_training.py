@@ -1,11 +1,13 @@
 """Chapter 5: a run is a function of its options."""
 
 import os
+import socket
 
 import numpy as np
 import pytest
 import torch
-from commands import TINY, checkpoint, run, torchrun
+from commands import TINY, alone, assert_same, checkpoint, flat, launch, run, torchrun
+from helpers import VARIANTS, awake, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,29 +15,9 @@ from torch.utils.data import DataLoader
 
 import sample
 import train
-from dip import PRESETS
+from dip import PRESETS, flow_matching_loss
 from train import (Examples, FolderData, ShapesData, TrainOptions, center_crop, learning_rate,
                    positions, update_ema)
-
-def flat(tree):
-    """All tensors and numbers in a nested dict, by path."""
-    if isinstance(tree, dict):
-        return {
-            f"{key}.{path}": leaf for key, sub in tree.items() for path, leaf in flat(sub).items()
-        }
-    if isinstance(tree, (list, tuple)):
-        return flat(dict(enumerate(tree)))
-    return {"": tree}
-
-
-def assert_same(a, b, **tolerance):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        if torch.is_tensor(a[path]):
-            torch.testing.assert_close(
-                a[path], b[path], msg=lambda text: f"{path}: {text}", **tolerance
-            )
 
 
 # --- the embedded data --------------------------------------------------------------------------
@@ -53,18 +35,18 @@ def test_neither_shape_nor_texture_alone_tells_the_class():
 @settings(max_examples=20)
 @given(index=st.integers(0, 10**6), size=st.sampled_from([16, 48, 100]))
 def test_an_embedded_image_is_a_function_of_its_index(index, size):
-    image = ShapesData(size).image(index)
+    image = ShapesData(size)[index][0]
     assert image.shape == (size, size, 3) and image.dtype == np.uint8
-    assert np.array_equal(image, ShapesData(size).image(index))
-    assert not np.array_equal(image, ShapesData(size).image(index + 10))
+    assert np.array_equal(image, ShapesData(size)[index][0])
+    assert not np.array_equal(image, ShapesData(size)[index + 10][0])
 
 
 @pytest.mark.parametrize("index", range(10))
 def test_embedded_images_are_antialiased(index):
     """A pixel is about the mean of what it covers: a drawing is nearer to a fine one averaged down
     than that fine one merely subsampled is, whose edges are jagged."""
-    fine = ShapesData(512).image(index).astype(float)
-    coarse = ShapesData(64).image(index).astype(float)
+    fine = ShapesData(512)[index][0].astype(float)
+    coarse = ShapesData(64)[index][0].astype(float)
     averaged = fine.reshape(64, 8, 64, 8, 3).mean((1, 3))
     assert np.abs(coarse - averaged).mean() < 0.5 * np.abs(fine[4::8, 4::8] - averaged).mean()
 
@@ -72,7 +54,7 @@ def test_embedded_images_are_antialiased(index):
 def test_training_and_validation_images_are_different():
     train_data, val_data = train.open_data(None, 16)
     assert not any(
-        np.array_equal(train_data.image(i), val_data.image(j)) for i in range(20) for j in range(20)
+        np.array_equal(train_data[i][0], val_data[j][0]) for i in range(20) for j in range(20)
     )
 
 
@@ -122,8 +104,8 @@ def test_classes_are_the_sorted_folder_names_and_wnids_get_their_readable_name(f
     assert val is None
     assert data.classes == ["n01443537", "n02509815", "zebra finch"]
     assert data.names == ["goldfish", "lesser panda", "zebra finch"]
-    assert [data.label(i) for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
-    assert all(data.image(i).shape == (16, 16, 3) for i in range(12))
+    assert [data[i][1] for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(data[i][0].shape == (16, 16, 3) for i in range(12))
     assert train.open_data(folder / "train", 16)[0].files == data.files
 
 
@@ -206,14 +188,14 @@ def test_the_folder_is_flipped_half_the_time_and_the_shapes_never(folder):
     examples = Examples(data, seed=0)
     flipped = 0
     for k in range(200):
-        image = torch.from_numpy(data.image(examples.index(k))).permute(2, 0, 1).float() / 127.5 - 1
+        image = torch.from_numpy(data[examples.index(k)][0]).permute(2, 0, 1).float() / 127.5 - 1
         x_0 = examples[k][0]
         assert torch.equal(x_0, image) or torch.equal(x_0, image.flip(-1))
         flipped += not torch.equal(x_0, image)
     assert 70 < flipped < 130  # five standard deviations of a fair coin
     val = Examples(data, 0, "val")
     for k in range(20):
-        image = torch.from_numpy(data.image(val.index(k))).permute(2, 0, 1).float()
+        image = torch.from_numpy(data[val.index(k)][0]).permute(2, 0, 1).float()
         torch.testing.assert_close(val[k][0] * 127.5 + 127.5, image)
 
 
@@ -243,12 +225,12 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_without_a_gpu_and_without_a_model_the_settings_are_a_laptops(capsys):
     """Announced, and only then: a preset that is asked for brings the paper's settings."""
     options = TrainOptions()
-    config = train.configure(options, torch.device("cpu"))
+    config = train.configure(options, alone("cpu"))
     assert (options.model, options.steps, config.image_size) == ("DiP-Nano/16", 3500, 48)
     assert "no CUDA and no --model: a small model" in capsys.readouterr().out
     for device, chosen in (("cuda", None), ("cpu", "DiP-XL/16")):
         options = TrainOptions(model=chosen)
-        config = train.configure(options, torch.device(device))
+        config = train.configure(options, alone(device))
         assert (options.model, options.batch_size, options.lr) == ("DiP-XL/16", 256, 1e-4)
         assert config == PRESETS["DiP-XL/16"] and capsys.readouterr().out == ""
 
@@ -315,18 +297,94 @@ def test_old_checkpoints_are_dropped(monkeypatch, tmp_path):
     assert kept == ["ckpt-00000003.pt", "ckpt-00000004.pt"]
 
 
-def test_processes_and_passes_train_the_same_run(monkeypatch, tmp_path):
-    """Up to the order of float sums: forbids seeds by rank, and means of unequal shares."""
-    steps = "--steps 4 --sample-every 4"
-    run(monkeypatch, train, TINY, steps, f"--out {tmp_path}/one")
-    run(monkeypatch, train, TINY, steps, f"--out {tmp_path}/passes --micro-batch 1")
-    torchrun(2, "train.py", TINY, steps, f"--out {tmp_path}/two --micro-batch 1", cwd=tmp_path)
-    one = checkpoint(tmp_path / "one")
-    for other in ("passes", "two"):
-        assert_same(one["model"], checkpoint(tmp_path / other)["model"], rtol=1e-4, atol=1e-5)
-        logs = [train.read_log(tmp_path / name) for name in ("one", other)]
-        for key, line in (("loss", 0), ("val_loss", 1)):
-            assert logs[0][line][key] == pytest.approx(logs[1][line][key], rel=1e-5)
+def assert_same_curve(one, other, key, rel):
+    losses = [[line[key] for line in train.read_log(run) if key in line] for run in (one, other)]
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=rel)
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    """The command of a run of 20 steps, and its folder when one process made it in one pass."""
+    out = tmp_path_factory.mktemp("twenty") / "one"
+    command = f"{TINY} --steps 20 --sample-every 20 --log-every 1"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, train, command, "--out", out)
+    return command, out
+
+
+@pytest.mark.parametrize("processes, agent, words", [
+    (1, "", "--micro-batch 1"),
+    (2, "--standalone", ""),
+    (2, "--standalone", "--micro-batch 1"),
+    (1, "two nodes", ""),
+], ids=["4 passes", "2 processes", "2 processes, 2 passes", "2 nodes"])
+def test_processes_and_passes_train_the_same_run(
+    monkeypatch, tmp_path, twenty, processes, agent, words
+):
+    """Up to the order of float sums: forbids seeds by rank, and means of unequal shares.
+
+    Two nodes are two agents of torchrun that meet on the loopback."""
+    command, one = twenty
+    command = f"{command} {words} --out {tmp_path}/many"
+    if agent == "two nodes":
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        agent = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-id=test"
+        agents = [launch("train.py", command, agent=agent) for _ in range(2)]
+        errors = [process.communicate()[1] for process in agents]
+        assert [process.returncode for process in agents] == [0, 0], errors
+    elif processes > 1:
+        torchrun(processes, "train.py", command, cwd=tmp_path)
+    else:
+        run(monkeypatch, train, command)
+    assert_same(checkpoint(one)["model"], checkpoint(tmp_path / "many")["model"], rtol=0, atol=1e-5)
+    assert_same_curve(one, tmp_path / "many", "loss", 1e-5)
+    assert_same_curve(one, tmp_path / "many", "val_loss", 1e-5)
+
+
+@pytest.mark.parametrize("words", ["--workers 2", "--grad-checkpoint"])
+def test_neither_workers_nor_recomputed_activations_change_a_bit(
+    monkeypatch, tmp_path, twenty, words
+):
+    command, one = twenty
+    run(monkeypatch, train, command, words, f"--out {tmp_path}")
+    for key in ("model", "ema", "optimizer"):
+        assert_same(checkpoint(one)[key], checkpoint(tmp_path)[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_recomputed_activations_give_the_very_same_gradients(name):
+    gradients = []
+    for recompute in (False, True):
+        model = awake(VARIANTS[name])
+        if recompute:
+            train.checkpoint_activations(model)
+        x, t, y = batch(model.config)
+        flow_matching_loss(model, x, y, t, torch.ones_like(x))[0].mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(kept, again) for kept, again in zip(*gradients))
+
+
+def test_the_compiled_model_trains_as_the_plain_one(monkeypatch, tmp_path, twenty):
+    command, one = twenty
+    run(monkeypatch, train, command, f"--compile --out {tmp_path}")
+    assert_same_curve(one, tmp_path, "loss", 1e-4)
+    assert_same(checkpoint(one)["model"], checkpoint(tmp_path)["model"], rtol=0, atol=1e-4)
+
+
+def test_512_pixels_in_patches_of_32_train_and_other_rectangles_are_drawn(monkeypatch, tmp_path):
+    """Table 3, in small: the bottleneck of the U-Net is 2 x 2."""
+    for name in ("ants", "bees"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (600, 520), "orange").save(tmp_path / "data" / name / "0.png")
+    run(monkeypatch, train, "--model DiP-XL/32 --set depth=2 hidden_size=32 num_heads=2",
+        "head_width=4 --image-size 512 --steps 1 --batch-size 2 --device cpu",
+        f"--data {tmp_path}/data --out {tmp_path}/run")
+    assert checkpoint(tmp_path / "run")["config"]["patch_size"] == 32
+    run(monkeypatch, sample, f"--ckpt {tmp_path}/run --class ants --num 1 --steps 2",
+        f"--size 256 768 --device cpu --out {tmp_path}/wide.png")
+    assert Image.open(tmp_path / "wide.png").width > 768
 
 
 ENCODER = """
@@ -345,16 +403,44 @@ def tiny():
 """
 
 
-def test_repa_aligns_with_a_local_encoder_that_stays_out_of_the_checkpoint(monkeypatch, tmp_path):
+@pytest.fixture
+def aligned(tmp_path):
+    """The words that align a run with a small encoder in a local repository."""
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "hubconf.py").write_text(ENCODER)
-    run(monkeypatch, train, TINY, "--steps 30 --log-every 10 --sample-every 30 --lr 3e-3",
-        f"--repa tiny --repa-repo {tmp_path}/hub --repa-source local --out {tmp_path}/run")
-    lines = [line["repa"] for line in train.read_log(tmp_path / "run") if "repa" in line]
-    assert 0 < lines[-1] < lines[0]
+    return f"--repa tiny --repa-repo {tmp_path}/hub --repa-source local --lr 3e-3 --log-every 10"
+
+
+def test_repa_aligns_with_a_local_encoder_that_stays_out_of_the_checkpoint(
+    monkeypatch, tmp_path, aligned
+):
+    run(monkeypatch, train, TINY, "--steps 60 --sample-every 60", aligned, f"--out {tmp_path}/run")
+    losses = [line["repa"] for line in train.read_log(tmp_path / "run") if "repa" in line]
+    assert 0 < losses[-1] < 0.8 * losses[0]
     state = checkpoint(tmp_path / "run")
     assert state["config"]["repa_dim"] == 6
     assert not any("patch" in key for key in state["model"])
+
+
+def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_path, aligned):
+    """14 x 14 pixels for DINOv2: images of 256 are shown to it at 224 (REPA).  A constant picture
+    in ImageNet's mean colour is zero to it."""
+    encoder = train.Encoder("tiny", tmp_path / "hub", "local", "cpu")
+    assert not any(p.requires_grad for p in encoder.net.parameters()) and not encoder.net.training
+    assert encoder(torch.zeros(2, 3, 64, 96)).shape == (2, 6, 4, 6)
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None].expand(1, 3, 32, 32)
+    bias = encoder.net.patch.bias[:, None, None].expand(1, 6, 2, 2)
+    torch.testing.assert_close(encoder(mean * 2 - 1), bias, rtol=0, atol=1e-5)
+
+
+def test_an_aligned_run_resumes_bit_for_bit(monkeypatch, tmp_path, aligned):
+    often = "--sample-every 3"
+    run(monkeypatch, train, TINY, aligned, often, f"--steps 6 --out {tmp_path}/six")
+    run(monkeypatch, train, TINY, aligned, often, f"--steps 3 --out {tmp_path}/two")
+    run(monkeypatch, train, TINY, aligned, often, f"--steps 6 --out {tmp_path}/two")
+    for key in ("model", "ema", "optimizer"):
+        assert_same(checkpoint(tmp_path / "six")[key], checkpoint(tmp_path / "two")[key],
+                    rtol=0, atol=0)
 
 
 # --- samples from a run -------------------------------------------------------------------------
@@ -398,10 +484,13 @@ def test_an_interrupted_export_continues(monkeypatch, trained, tmp_path):
         export(monkeypatch, trained, tmp_path / "s.npz")
 
 
-def test_two_processes_export_the_array_of_one(monkeypatch, trained, tmp_path):
+def test_any_number_of_processes_exports_the_array_of_one(monkeypatch, trained, tmp_path):
+    """Bit for bit with batches of the same size; with others, to the rounding of a level."""
     one = export(monkeypatch, trained, tmp_path / "one.npz")["arr_0"]
-    torchrun(2, "sample.py", EXPORT, f"--ckpt {trained} --out {tmp_path}/two.npz", cwd=tmp_path)
-    assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], one)
+    torchrun(3, "sample.py", EXPORT, f"--ckpt {trained} --out {tmp_path}/three.npz", cwd=tmp_path)
+    assert np.array_equal(np.load(tmp_path / "three.npz")["arr_0"], one)
+    other = export(monkeypatch, trained, tmp_path / "other.npz", "--batch 9")["arr_0"]
+    assert np.abs(one.astype(int) - other).max() <= 1
 
 
 def test_a_grid_and_a_trajectory_are_drawn(monkeypatch, trained, tmp_path, capsys):
