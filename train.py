@@ -513,19 +513,24 @@ def read_log(out):
 
 
 def draw_loss_curve(out):
-    """loss.png: training loss and validation loss of the EMA by step."""
+    """loss.png: the loss by step, and by time at the end; of training, and of the EMA held out."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (by_step, by_t) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     lines = read_log(out)
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation, EMA", "o-")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key], line[f"{key}_by_t"]) for line in lines if key in line]
         if points:
-            axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
-    axes.set(xlabel="step", ylabel="flow matching loss, Eq. (5)", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+            steps, losses, tenths = zip(*points)
+            by_step.plot(steps, losses, style, label=label, markersize=3, linewidth=1)
+            heights = np.array(tenths[-1], dtype=float)
+            by_t.stairs(heights, np.linspace(0, 1, TIME_BINS + 1), label=label, baseline=None)
+    by_step.set(xlabel="step", ylabel="flow matching loss, Eq. (5)", yscale="log")
+    by_t.set(xlabel="t, from data to noise; at the last step", yscale="log")
+    for axes in (by_step, by_t):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
     save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
     plt.close(figure)
 
@@ -700,12 +705,10 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=()):
         if log:
             refuse_bad_files(data, processes)
         if rank == 0 and log and tally.any():
-            speed = options.batch_size * len(seconds) / sum(seconds)
-            line = dict(step=done, **mean_losses(tally), lr=lr,
-                        grad_norm=None if skipped else norm.item(),
-                        images_per_s=round(speed, 1))
-            write_log(out, **line)
-            progress.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
+            means, speed = mean_losses(tally), options.batch_size * len(seconds) / sum(seconds)
+            write_log(out, step=done, **means, lr=lr, images_per_s=round(speed, 1),
+                      grad_norm=None if skipped else norm.item())
+            progress.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
             tally, seconds = torch.zeros_like(tally), []
         if rank == 0 and look:
             show(out, done, ema, data, val_data, options.seed)

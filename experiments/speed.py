@@ -3,6 +3,7 @@ What the Patch Detailer Head costs: forwards of two presets, side by side in one
 
     python -m experiments.speed     # DiP-XL/16 against DiT-XL/16, one image
     python -m experiments.speed --presets DiT-XL/16 DiP-XL/16-attention --batch 4 --train
+    python -m experiments.speed --presets DiP-B/16 DiP-B/16 --batch 4 --train --grad-checkpoint
 
 The two models take turns, so that whatever else the machine does touches both; the ratio is that
 of the median times.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA), and
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dip import PRESETS, DiP, flow_matching_loss, check_choice
+from dip import PRESETS, DiP, check_choice, flow_matching_loss
 from sample import at_least, autocast, option, parse_options, run_main, start_processes
+from train import checkpoint_activations
 
 
 @dataclass
@@ -30,14 +32,17 @@ class Options:
     batch: int = option(1, "images a forward")
     repeat: int = option(10, "turns; the first of each is not counted")
     train: bool = option(False, "forward and backward of the loss, instead of a forward")
+    grad_checkpoint: bool = option(False, "the second recomputes its activations, with --train")
     device: str = option("auto", "auto, cpu, cuda, mps")
 
 
-def prepare(name, options, device):
+def prepare(name, recompute, options, device):
     """A function that runs one pass of a preset and returns its seconds."""
     config = PRESETS[name]
     torch.manual_seed(0)
     model = DiP(config).to(device)
+    if recompute:
+        checkpoint_activations(model)
     x = torch.randn(options.batch, 3, config.image_size, config.image_size, device=device)
     t = torch.rand(options.batch, device=device)
     y = torch.zeros(options.batch, dtype=torch.long, device=device)
@@ -58,9 +63,9 @@ def prepare(name, options, device):
     return one_pass
 
 
-def peak_memory(name, options, device):
+def peak_memory(name, recompute, options, device):
     """Peak memory of one pass of a preset, in bytes; to be called in a process of its own."""
-    prepare(name, options, device)()
+    prepare(name, recompute, options, device)()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -74,20 +79,21 @@ def main():
     at_least(2, repeat=options.repeat)
     device = start_processes(options.device).device
     memory = []
-    for name in options.presets:
+    pair = list(zip(options.presets, (False, options.grad_checkpoint)))
+    for model in pair:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            memory.append(process.submit(peak_memory, name, options, device).result())
-    passes = [prepare(name, options, device) for name in options.presets]
+            memory.append(process.submit(peak_memory, *model, options, device).result())
+    passes = [prepare(*model, options, device) for model in pair]
     times = [[one_pass() for one_pass in passes] for _ in range(options.repeat)][1:]
     what = "forward + backward" if options.train else "forward"
     print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, "
           f"n = {len(times)} after 1 warm-up")
-    for name, seconds, peak in zip(options.presets, zip(*times), memory):
-        print(f"{name:<22} median {statistics.median(seconds):7.3f} s  (min {min(seconds):.3f}, "
-              f"max {max(seconds):.3f})   peak memory {peak / 2**30:.2f} GiB")
+    for (name, recompute), seconds, peak in zip(pair, zip(*times), memory):
+        print(f"{name + ' recomputed' * recompute:<22} median {statistics.median(seconds):7.3f} s  "
+              f"(min {min(seconds):.3f}, max {max(seconds):.3f})   "
+              f"peak memory {peak / 2**30:.2f} GiB")
     a, b = (statistics.median(seconds) for seconds in zip(*times))
-    print(f"ratio {options.presets[1]} : {options.presets[0]}   "
-          f"time {b / a:.3f}   memory {memory[1] / memory[0]:.3f}")
+    print(f"the second over the first: time {b / a:.3f}, memory {memory[1] / memory[0]:.3f}")
 
 
 if __name__ == "__main__":
