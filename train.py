@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
                  logit_normal_time)
+from fid import ENDINGS, center_crop
 from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, newest_intact, option,
                     parse_options, random_stream, run_main, save_atomically, start_processes,
                     to_uint8)
@@ -129,40 +130,6 @@ class ShapesData:
 
 # -------------------------------------------------------------------------------------------------
 # The image folder
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
-
-def center_crop(image, size):
-    """ADM's crop: halve by boxes while twice too large, bicubic to the size, cut out the centre.
-
-    Pillow image of any size -> (size, size).
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def read_image(path, size):
-    """uint8 (size, size, 3) of a file: grey, CMYK, palette or 16 bits, upright by its EXIF.
-
-    Refuses what would need gigabytes.  A broken file may raise nearly anything.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} is too long to be scaled")
-            try:
-                upright = ImageOps.exif_transpose(image)
-            except Exception:                                # of the EXIF alone; the image may live
-                upright = image
-            if upright.mode.startswith("I"):                 # 16 bits: keep the upper 8
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return np.array(center_crop(upright.convert("RGB"), size))
 
 
 def imagenet_names():

@@ -1,0 +1,635 @@
+"""
+FID, sFID, Inception Score, Precision and Recall, as OpenAI's evaluator of ADM computes them.
+
+    python fid.py REFERENCE SAMPLES
+    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz --json result.json
+    python fid.py IMAGES --crop 256 --save-stats reference.npz      # a reference of your own
+    torchrun --nproc_per_node=8 fid.py REFERENCE SAMPLES            # the same numbers, sooner
+
+Either side is a folder of images, an .npz of images (`arr_0`, uint8 (N, H, W, 3)), or an .npz of
+statistics (`mu`, `sigma` of the pool features, `mu_s`, `sigma_s` of the spatial ones), with or
+without images.  As in the suite: FID and sFID take a file's statistics where it has them, precision
+and recall its images.
+
+This file needs torch, numpy, Pillow and tqdm, and nothing else of this repository: copy it.
+The semantics are those of guided-diffusion/evaluations/evaluator.py; a comment `suite` stands where
+they are not what one would guess.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+# -------------------------------------------------------------------------------------------------
+# The network: Inception v3 of 2015, TensorFlow's graph as ported to PyTorch, 1008 classes
+
+
+def resize_tf1(x, size=299):
+    """TensorFlow 1's bilinear resize: pixel i is read at i * scale, no half-pixel offset, and no
+    averaging when it shrinks (suite).  x float (B, H, W, C) -> (B, size, size, C)"""
+    for axis in (2, 1):                                      # along rows, then along columns
+        n = x.shape[axis]
+        place = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32)
+        low = place.long()
+        share = (place - low).view(-1, 1, 1) if axis == 1 else (place - low).view(-1, 1)
+        a, b = (x.index_select(axis, i) for i in (low, (low + 1).clamp(max=n - 1)))
+        x = a + (b - a) * share
+    return x
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, i, o, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(i, o, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(o, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+ACROSS, DOWN = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+
+
+def average(x):
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)         # suite
+
+
+def maximum(x):
+    return F.max_pool2d(x, 3, 1, 1)
+
+
+class InceptionA(nn.Module):
+    def __init__(self, i, pool):
+        super().__init__()
+        self.branch1x1 = Conv(i, 64, 1)
+        self.branch5x5_1 = Conv(i, 48, 1)
+        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = Conv(i, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
+        self.branch_pool = Conv(i, pool, 1)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            self.branch_pool(average(x))], dim=1)
+
+
+class InceptionB(nn.Module):
+    def __init__(self, i):
+        super().__init__()
+        self.branch3x3 = Conv(i, 384, 3, stride=2)
+        self.branch3x3dbl_1 = Conv(i, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch3x3(x),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            F.max_pool2d(x, 3, 2)], dim=1)
+
+
+class InceptionC(nn.Module):
+    def __init__(self, i, C):
+        super().__init__()
+        self.branch1x1 = Conv(i, 192, 1)
+        self.branch7x7_1 = Conv(i, C, 1)
+        self.branch7x7_2 = Conv(C, C, **ACROSS)
+        self.branch7x7_3 = Conv(C, 192, **DOWN)
+        self.branch7x7dbl_1 = Conv(i, C, 1)
+        self.branch7x7dbl_2 = Conv(C, C, **DOWN)
+        self.branch7x7dbl_3 = Conv(C, C, **ACROSS)
+        self.branch7x7dbl_4 = Conv(C, C, **DOWN)
+        self.branch7x7dbl_5 = Conv(C, 192, **ACROSS)
+        self.branch_pool = Conv(i, 192, 1)
+
+    def forward(self, x):
+        y = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(y)),
+            self.branch_pool(average(x))], dim=1)
+
+
+class InceptionD(nn.Module):
+    def __init__(self, i):
+        super().__init__()
+        self.branch3x3_1 = Conv(i, 192, 1)
+        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = Conv(i, 192, 1)
+        self.branch7x7x3_2 = Conv(192, 192, **ACROSS)
+        self.branch7x7x3_3 = Conv(192, 192, **DOWN)
+        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        y = self.branch7x7x3_2(self.branch7x7x3_1(x))
+        return torch.cat([
+            self.branch3x3_2(self.branch3x3_1(x)),
+            self.branch7x7x3_4(self.branch7x7x3_3(y)),
+            F.max_pool2d(x, 3, 2)], dim=1)
+
+
+class InceptionE(nn.Module):
+    def __init__(self, i, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Conv(i, 320, 1)
+        self.branch3x3_1 = Conv(i, 384, 1)
+        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = Conv(i, 448, 1)
+        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = Conv(i, 192, 1)
+
+    def forward(self, x):
+        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch3x3_2a(y), self.branch3x3_2b(y),
+            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
+            self.branch_pool(self.pool(x))], dim=1)
+
+
+class InceptionV3(nn.Module):
+    """uint8 images -> what the suite reads off the graph.  Parameter names: the public file's."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, 32)
+        self.Mixed_5c = InceptionA(256, 64)
+        self.Mixed_5d = InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, 128)
+        self.Mixed_6c = InceptionC(768, 160)
+        self.Mixed_6d = InceptionC(768, 160)
+        self.Mixed_6e = InceptionC(768, 192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, average)
+        self.Mixed_7c = InceptionE(2048, maximum)                        # suite
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, images):
+        """uint8 (B, H, W, 3) -> pool (B, 2048), spatial (B, 2023), probabilities (B, 1008)"""
+        x = (resize_tf1(images.float()) - 128) / 128                     # (B, 299, 299, 3)
+        x = x.permute(0, 3, 1, 2)                                        # channels_last in memory
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))        # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))        # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))   # (B, 288, 35, 35)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))        # (B, 768, 17, 17)
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                # suite: H, W, then C
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))        # (B, 2048, 8, 8)
+        pool = x.mean(dim=(2, 3))
+        return pool, spatial, (pool @ self.fc.weight.T).softmax(dim=1)   # suite: without its bias
+
+
+def load_inception(path=None, any_weights=False):
+    """(network in eval mode, SHA-256 of its weights): the file given, or the public one, which is
+    fetched once into torch hub's cache.  Other weights are refused unless `any_weights`."""
+    if path is None:
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256)
+            except Exception as error:
+                raise OSError(f"cannot fetch {WEIGHTS_URL} ({error}); "
+                              f"fetch it elsewhere, and give it with --inception FILE") from None
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if digest != WEIGHTS_SHA256 and not any_weights:
+        raise ValueError(f"--inception {path} has SHA-256 {digest[:12]}..., not the suite's "
+                         f"{WEIGHTS_SHA256[:12]}...; --any-weights takes it, for other numbers")
+    net = InceptionV3()
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:       # whatever a file from elsewhere may raise
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--inception {path} is not a file of the network's weights: "
+                         f"{line}") from None
+    return net.eval().requires_grad_(False), digest
+
+
+# -------------------------------------------------------------------------------------------------
+# The metrics, on arrays
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    The eigenvalues of S1 S2 are those of the symmetric A^T S2 A for any A A^T = S1: A is S1's
+    Cholesky factor, or, where S1 is singular, comes from its eigenvectors.  Never complex, and no
+    diagonal is added to anything.
+    mu (d,), sigma (d, d) -> float, at least 0
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x, dtype=np.float64))
+                                for x in (mu1, sigma1, mu2, sigma2))
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1] or not (
+            sigma1.shape == sigma2.shape == 2 * mu1.shape):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"mu, sigma, mu, sigma of shapes {shapes} are not (d,) and (d, d)")
+    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("the statistics are not finite")
+    A, failed = torch.linalg.cholesky_ex(sigma1)
+    if failed:
+        values, vectors = torch.linalg.eigh(sigma1)
+        kept = values > values.max() * len(mu1) * torch.finfo(torch.float64).eps
+        A = vectors[:, kept] * values[kept].sqrt()           # (d, rank)
+    root = torch.linalg.eigvalsh(A.T @ sigma2 @ A).clamp(min=0).sqrt().sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root
+    return max(0.0, distance.item())
+
+
+def inception_score(probs, split=5000):
+    """exp of the mean KL divergence from p(class | image) to p(class), over consecutive chunks of
+    `split` images; the mean of the chunks (suite: the last may be short, and counts like the rest).
+    probs (N, K), rows summing to 1 -> float from 1 to K"""
+    probs, scores = torch.as_tensor(probs), []
+    for p in probs.split(split):
+        p = p.double()
+        entropy = -torch.special.xlogy(p, p).sum(dim=1).mean()
+        mean = p.mean(dim=0)
+        scores.append((-torch.special.xlogy(mean, mean).sum() - entropy).exp().item())
+    return float(np.mean(scores))
+
+
+def squared_distances(a, b, half=False):
+    """(M, d), (N, d) -> (M, N).  half: as TensorFlow computes them in float16 (suite)."""
+    if half:
+        a, b = a.half(), b.half()
+        product = (a.float() @ b.float().T).half()           # sums in float32, rounded once
+        D = a.square().sum(1)[:, None] - 2 * product + b.square().sum(1)
+        if D.isfinite().all():
+            return D.clamp(min=0).float()
+        a, b = a.float(), b.float()
+    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
+
+
+def precision_recall(real, fake, k=3, half=False, block=1000):
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
+
+    Precision is the share of fake points in a ball of some real point, recall that of real points
+    in a ball of some fake one; a ball reaches to the k-th nearest neighbour in its own set.
+    real (N, d), fake (M, d) -> two floats.  Holds `block` rows of distances to all of a set at a
+    time: 200 MB in float32 for 50,000 points.  half: with the suite's float16 rounding.
+    """
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall need more than {k} images on both sides")
+
+    def radii(x):                                            # the nearest is the point itself
+        return torch.cat([squared_distances(rows, x, half).topk(k + 1, largest=False)[0][:, k]
+                          for rows in x.split(block)])
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    inside, covered = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, row_radii in zip(fake.split(block), fake_radii.split(block)):
+        D = squared_distances(rows, real, half)
+        inside.append((D <= real_radii).any(dim=1))
+        covered |= (D <= row_radii[:, None]).any(dim=0)
+    return torch.cat(inside).double().mean().item(), covered.double().mean().item()
+
+
+# -------------------------------------------------------------------------------------------------
+# Images, in batches, dealt to the ranks in turn: batch b belongs to rank b mod world
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def center_crop(image, size):
+    """ADM's crop: halve by boxes while twice too large, bicubic to the size, cut out the centre.
+
+    Pillow image of any size -> (size, size).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class FolderImages:
+    """All images below a folder, by name; grey ones become RGB."""
+
+    def __init__(self, path, crop=None):
+        self.path, self.crop = path, crop
+        self.files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in ENDINGS)
+        if not self.files:
+            raise ValueError(f"{path} holds no images ({' '.join(sorted(ENDINGS))})")
+        self.size = self.read(self.files[0]).shape[:2]
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, file):
+        try:
+            with Image.open(file) as image:
+                image = image.convert("RGB")
+                return np.asarray(center_crop(image, self.crop) if self.crop else image)
+        except Exception as error:   # Pillow's plugins raise nearly anything on a broken file
+            raise ValueError(f"{file}: unreadable image ({error})") from None
+
+    def batches(self, batch, rank, world):
+        """uint8 (B, H, W, 3)"""
+        with ThreadPoolExecutor() as threads:
+            for start in range(rank * batch, len(self), world * batch):
+                files = self.files[start:start + batch]
+                images = list(threads.map(self.read, files))
+                for file, image in zip(files, images):
+                    if image.shape[:2] != self.size:
+                        sizes = " and ".join(f"{w} x {h}" for h, w in (image.shape[:2], self.size))
+                        raise ValueError(f"{file} and {self.files[0]} are of different sizes, "
+                                         f"{sizes}; --crop SIZE makes them one")
+                yield np.stack(images)
+
+
+class NpzImages:
+    """`arr_0` of an .npz, streamed: it is never in memory as a whole."""
+
+    def __init__(self, path):
+        self.path = path
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            shape, dtype = self.header(member)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"{path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
+        self.n, self.size = shape[0], shape[1:3]
+
+    def __len__(self):
+        return self.n
+
+    @staticmethod
+    def header(member):
+        version = np.lib.format.read_magic(member)
+        read = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
+                np.lib.format.read_array_header_2_0)
+        shape, fortran, dtype = read(member)
+        return shape, (f"Fortran-ordered {dtype}" if fortran else dtype)
+
+    def batches(self, batch, rank, world):
+        """uint8 (B, H, W, 3)"""
+        one = self.size[0] * self.size[1] * 3
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            self.header(member)
+            for b, start in enumerate(range(0, self.n, batch)):
+                data = member.read(min(batch, self.n - start) * one)
+                if b % world == rank:
+                    yield np.frombuffer(data, np.uint8).reshape(-1, *self.size, 3)
+
+
+# -------------------------------------------------------------------------------------------------
+# One side of the comparison
+
+
+class Moments:
+    """Mean and covariance of features that come in batches, in float64."""
+
+    def __init__(self, d):
+        self.n, self.sum = 0, torch.zeros(d, dtype=torch.float64)
+        self.products = torch.zeros(d, d, dtype=torch.float64)
+
+    def add(self, x):
+        """x (B, d)"""
+        x = x.double()
+        self.n += len(x)
+        self.sum += x.sum(dim=0)
+        self.products += x.T @ x
+
+    def finish(self, world=1):
+        """mu (d,), sigma (d, d), of the features of all ranks"""
+        n = torch.tensor(self.n)
+        if world > 1:
+            for x in (n, self.sum, self.products):
+                dist.all_reduce(x)
+        mu = self.sum / n
+        return mu.numpy(), ((self.products - n * mu.outer(mu)) / (n - 1)).numpy()
+
+
+def gather_batches(mine, rank, world):
+    """All ranks' batches in the order of the images, on rank 0; elsewhere None."""
+    if world == 1:
+        return torch.cat(mine)
+    ranks = [None] * world if rank == 0 else None
+    dist.gather_object(mine, ranks)
+    if rank > 0:
+        return None
+    return torch.cat([ranks[b % world][b // world] for b in range(sum(map(len, ranks)))])
+
+
+class Side:
+    """Reference or samples: statistics, and features of its images if it has any."""
+
+    def __init__(self, path, crop=None):
+        self.path, self.statistics, self.images, self.n = str(path), None, None, None
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no file or folder at {path}")
+        if Path(path).is_dir():
+            self.images = FolderImages(path, crop)
+        else:
+            self.open_npz(path)
+        if self.images and len(self.images) < 2:
+            raise ValueError(f"{path} holds one image; a covariance needs two, a comparison 50,000")
+        if self.images and not self.statistics:
+            self.n = len(self.images)
+
+    def open_npz(self, path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            wanted = [key for key in ("mu", "sigma", "mu_s", "sigma_s", "n") if key in keys]
+            with np.load(path, allow_pickle=False) as file:
+                found = {key: file[key] for key in wanted}
+        except Exception as error:   # a broken file may fail anywhere inside the readers
+            raise ValueError(f"{path} is not a readable .npz ({type(error).__name__})") from None
+        if "arr_0" in keys:
+            self.images = NpzImages(path)
+        n = found.pop("n", None)
+        if not found and not self.images:
+            raise ValueError(f"{path} has neither arr_0 nor mu; it has {', '.join(keys)}")
+        if found and len(found) < 4:
+            raise ValueError(f"{path} has {', '.join(found)}, not all of mu, sigma, mu_s, sigma_s")
+        self.statistics, self.n = found or None, n if n is None else int(n)
+
+    def measure(self, net, batch, device, rank=0, world=1):
+        """Run the images through the network; leaves pool, probabilities, statistics on rank 0."""
+        pools, probs, moments = [], [], (Moments(2048), Moments(2023))
+        with tqdm(total=len(self.images), desc=Path(self.path).name, unit="image",
+                  disable=rank > 0) as progress:
+            for images in self.images.batches(batch, rank, world):
+                features = net(torch.tensor(images).to(device))
+                pool, spatial, p = (x.float().cpu() for x in features)
+                moments[0].add(pool)
+                moments[1].add(spatial)
+                pools.append(pool)
+                probs.append(p)
+                progress.update(min(world * len(images), progress.total - progress.n))
+        self.pool, self.probs = (gather_batches(x, rank, world) for x in (pools, probs))
+        (mu, sigma), (mu_s, sigma_s) = (m.finish(world) for m in moments)
+        self.statistics = self.statistics or dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+
+    def __str__(self):
+        parts = []
+        if self.images:
+            H, W = self.images.size
+            parts.append(f"{len(self.images)} images of {W} x {H}")
+        if self.statistics and (not self.images or self.n != len(self.images)):
+            parts.append(f"statistics of {self.n or 'an unknown number of'} images")
+        return f"{self.path}: {', '.join(parts)}"
+
+
+# -------------------------------------------------------------------------------------------------
+# The comparison
+
+
+def compare(reference, samples, half=True):
+    """{metric: value} of two measured sides, with the names of the suite."""
+    a, b = reference.statistics, samples.statistics
+    result = {}
+    if samples.images:
+        result["Inception Score"] = inception_score(samples.probs)
+    result["FID"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
+    if reference.images and samples.images:
+        precision, recall = precision_recall(reference.pool, samples.pool, half=half)
+        result |= {"Precision": precision, "Recall": recall}
+    return result
+
+
+def doubts(reference, samples, options, digest):
+    """Why the numbers may not be compared with published ones."""
+    found = []
+    if digest != WEIGHTS_SHA256:
+        found.append("the network's weights are not the suite's")
+    for name, side in (("reference", reference), ("samples", samples)):
+        if side.n is not None and side.n < 2048:
+            found.append(f"{name}: n = {side.n} < 2048, the covariance is singular")
+    if samples.n is not None and samples.n < 50_000:
+        found.append(f"n = {samples.n} samples, not 50,000: FID is larger the fewer there are")
+    if not (reference.images and samples.images):
+        found.append("statistics without images: no precision, no recall")
+    elif reference.images.size != samples.images.size:
+        found.append("reference and samples differ in size")
+    if options.crop:
+        found.append(f"--crop {options.crop}: images of folders were resized here")
+    if samples.images and any(f.suffix.lower() in (".jpg", ".jpeg")
+                              for f in getattr(samples.images, "files", ())):
+        found.append("samples are JPEG: its artefacts are measured too")
+    if samples.images and len(samples.images) > 5000:
+        order = torch.randperm(len(samples.probs), generator=torch.Generator().manual_seed(0))
+        ordered, mixed = inception_score(samples.probs), inception_score(samples.probs[order])
+        if abs(ordered - mixed) > 0.05 * mixed:
+            found.append(f"samples seem sorted by class; shuffled, Inception Score {mixed:.2f}")
+    return found
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] REFERENCE [SAMPLES]")
+    add = parser.add_argument
+    add("reference", metavar="REFERENCE", help="folder or .npz")
+    add("samples", metavar="SAMPLES", nargs="?", help="folder or .npz")
+    add("--save-stats", metavar="FILE", help="write the reference's statistics")
+    add("--json", metavar="FILE", help="write the result as JSON too")
+    add("--crop", type=int, metavar="SIZE", help="resize and crop images of folders, as ADM does")
+    add("--pr-dtype", choices=("half", "float"), default="half",
+        help="distances for precision and recall: in the suite's float16 [half], or exact")
+    add("--inception", metavar="FILE", help="the network's weights [downloaded]")
+    add("--any-weights", action="store_true", help="even if they are not the suite's")
+    add("--batch", type=int, default=64, metavar="INT", help="images at a time [64]")
+    add("--device", default="auto", metavar="STR", help="auto, cpu, cuda, mps")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    if not options.samples and not options.save_stats:
+        raise ValueError("nothing to do: give SAMPLES, or --save-stats FILE")
+    if options.batch < 1 or (options.crop is not None and options.crop < 1):
+        raise ValueError("--batch and --crop must be at least 1")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")                      # a few sums at the end: gloo will do
+    cuda = torch.cuda.is_available() and options.device in ("auto", "cuda")
+    device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else
+              "cpu" if options.device == "auto" else options.device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    sides = [Side(path, options.crop) for path in (options.reference, options.samples) if path]
+    if any(side.images for side in sides):
+        if rank > 0:
+            dist.barrier()                                   # rank 0 fetches the weights
+        net, digest = load_inception(options.inception, options.any_weights)
+        if rank == 0 and world > 1:
+            dist.barrier()
+        try:
+            net = net.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        for side in sides:
+            if side.images:
+                side.measure(net, options.batch, device, rank, world)
+    else:
+        digest = WEIGHTS_SHA256
+    if rank == 0:
+        report(sides, options, digest)
+
+
+def report(sides, options, digest):
+    """Print the result, write what was asked for."""
+    reference = sides[0]
+    print(f"reference: {reference}")
+    if options.save_stats:
+        n = {} if reference.n is None else {"n": reference.n}
+        with open(options.save_stats, "wb") as file:
+            np.savez(file, **reference.statistics, **n)
+        print(f"wrote {options.save_stats}")
+    if len(sides) == 1:
+        return
+    samples = sides[1]
+    print(f"samples:   {samples}\nextractor: Inception v3 of 2015, SHA-256 {digest}")
+    result = compare(reference, samples, options.pr_dtype == "half")
+    for name, value in result.items():
+        print(f"{name + ':':<17}{value:.6g}")
+    found = doubts(reference, samples, options, digest)
+    for line in found:
+        print(f"not comparable: {line}")
+    if options.json:
+        facts = dict(reference=str(reference), samples=str(samples), n_reference=reference.n,
+                     n_samples=samples.n, extractor_sha256=digest, pr_dtype=options.pr_dtype,
+                     not_comparable=found, torch=torch.__version__)
+        Path(options.json).write_text(json.dumps({**result, **facts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"fid.py: error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
