@@ -23,6 +23,7 @@ import os
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -228,9 +229,10 @@ def load_inception(path=None, any_weights=False):
     if digest != WEIGHTS_SHA256 and not any_weights:
         raise ValueError(f"--inception {path} has SHA-256 {digest[:12]}..., not the suite's "
                          f"{WEIGHTS_SHA256[:12]}...; --any-weights takes it, for other numbers")
-    net = InceptionV3()
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net = InceptionV3()
+        net.load_state_dict(state)
     except Exception as error:       # whatever a file from elsewhere may raise
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--inception {path} is not a file of the network's weights: "
@@ -252,7 +254,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x, dtype=np.float64))
                                 for x in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1] or not (
+    if mu1.ndim != 1 or mu1.shape != mu2.shape or not (
             sigma1.shape == sigma2.shape == 2 * mu1.shape):
         shapes = ", ".join(str(tuple(x.shape)) for x in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"mu, sigma, mu, sigma of shapes {shapes} are not (d,) and (d, d)")
@@ -377,32 +379,37 @@ class NpzImages:
 
     def __init__(self, path):
         self.path = path
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            shape, dtype = self.header(member)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f"{path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
-        self.n, self.size = shape[0], shape[1:3]
+        with self.member() as (_, shape, dtype):
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise ValueError(f"{path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
+            self.n, self.size = shape[0], shape[1:3]
 
     def __len__(self):
         return self.n
 
-    @staticmethod
-    def header(member):
-        version = np.lib.format.read_magic(member)
-        read = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
-                np.lib.format.read_array_header_2_0)
-        shape, fortran, dtype = read(member)
-        return shape, (f"Fortran-ordered {dtype}" if fortran else dtype)
+    @contextmanager
+    def member(self):
+        """(open file of the array's bytes, shape, dtype)"""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                read = {1: np.lib.format.read_array_header_1_0,
+                        2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)[0]]
+                shape, fortran, dtype = read(file)
+                yield file, shape, f"Fortran-ordered {dtype}" if fortran else dtype
+        except Exception as error:   # a broken file may fail anywhere inside the readers
+            if str(self.path) in str(error):
+                raise
+            raise ValueError(f"{self.path}: arr_0 is damaged ({type(error).__name__})") from None
 
     def batches(self, batch, rank, world):
         """uint8 (B, H, W, 3)"""
         one = self.size[0] * self.size[1] * 3
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            self.header(member)
+        with self.member() as (file, _, _):
             for b, start in enumerate(range(0, self.n, batch)):
-                data = member.read(min(batch, self.n - start) * one)
+                count = min(batch, self.n - start)
+                data = file.read(count * one)
                 if b % world == rank:
-                    yield np.frombuffer(data, np.uint8).reshape(-1, *self.size, 3)
+                    yield np.frombuffer(data, np.uint8).reshape(count, *self.size, 3)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -467,16 +474,16 @@ class Side:
             wanted = [key for key in ("mu", "sigma", "mu_s", "sigma_s", "n") if key in keys]
             with np.load(path, allow_pickle=False) as file:
                 found = {key: file[key] for key in wanted}
+            self.n = int(found.pop("n")) if "n" in found else None
         except Exception as error:   # a broken file may fail anywhere inside the readers
             raise ValueError(f"{path} is not a readable .npz ({type(error).__name__})") from None
         if "arr_0" in keys:
             self.images = NpzImages(path)
-        n = found.pop("n", None)
         if not found and not self.images:
             raise ValueError(f"{path} has neither arr_0 nor mu; it has {', '.join(keys)}")
         if found and len(found) < 4:
             raise ValueError(f"{path} has {', '.join(found)}, not all of mu, sigma, mu_s, sigma_s")
-        self.statistics, self.n = found or None, n if n is None else int(n)
+        self.statistics = found or None
 
     def measure(self, net, batch, device, rank=0, world=1):
         """Run the images through the network; leaves pool, probabilities, statistics on rank 0."""
@@ -509,7 +516,7 @@ class Side:
 # The comparison
 
 
-def compare(reference, samples, half=True):
+def compare(reference, samples, half=True, device="cpu"):
     """{metric: value} of two measured sides, with the names of the suite."""
     a, b = reference.statistics, samples.statistics
     result = {}
@@ -518,7 +525,8 @@ def compare(reference, samples, half=True):
     result["FID"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
     result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
     if reference.images and samples.images:
-        precision, recall = precision_recall(reference.pool, samples.pool, half=half)
+        pools = (side.pool.to(device) for side in (reference, samples))
+        precision, recall = precision_recall(*pools, half=half)
         result |= {"Precision": precision, "Recall": recall}
     return result
 
@@ -599,10 +607,10 @@ def main():
     else:
         digest = WEIGHTS_SHA256
     if rank == 0:
-        report(sides, options, digest)
+        report(sides, options, digest, device)
 
 
-def report(sides, options, digest):
+def report(sides, options, digest, device):
     """Print the result, write what was asked for."""
     reference = sides[0]
     print(f"reference: {reference}")
@@ -615,7 +623,7 @@ def report(sides, options, digest):
         return
     samples = sides[1]
     print(f"samples:   {samples}\nextractor: Inception v3 of 2015, SHA-256 {digest}")
-    result = compare(reference, samples, options.pr_dtype == "half")
+    result = compare(reference, samples, options.pr_dtype == "half", device)
     for name, value in result.items():
         print(f"{name + ':':<17}{value:.6g}")
     found = doubts(reference, samples, options, digest)

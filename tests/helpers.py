@@ -1,6 +1,7 @@
-"""What several chapters need: a small network with nothing left at zero."""
+"""What several chapters need: a small network with nothing left at zero, and damaged files."""
 
 import torch
+from hypothesis import strategies as st
 
 from dip import DiP, DiPConfig
 
@@ -47,3 +48,14 @@ def batch(config, B=2, size=None, seed=0):
         torch.rand(B, generator=g),
         torch.randint(config.num_classes, (B,), generator=g),
     )
+
+
+@st.composite
+def damaged(draw, good):
+    """Nothing but random bytes, or a good file cut short, or with some of its bytes replaced."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(st.binary(max_size=200))
+    data = bytearray(good[: draw(st.integers(0, len(good)))] if draw(st.booleans()) else good)
+    for _ in range(draw(st.integers(0, 8)) if data else 0):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data)

@@ -105,7 +105,7 @@ def test_sampling_refuses_what_is_not_a_checkpoint(monkeypatch, trained, tmp_pat
     assert str(path) in line and answer in line
 
 
-SCRIPTS = ["train", "sample", *sorted(f"experiments.{path.stem}" for path in
+SCRIPTS = ["train", "sample", "fid", *sorted(f"experiments.{path.stem}" for path in
                                      (ROOT / "experiments").glob("[!_]*.py"))]
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from commands import ROOT, TINY, alone, assert_same, checkpoint, complaint, flat, launch, run
 from commands import torchrun
+from helpers import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -397,17 +398,6 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
 
 
 # --- files from strangers -----------------------------------------------------------------------
-
-
-@st.composite
-def damaged(draw, good):
-    """Nothing but random bytes, or a good file cut short, or with some of its bytes replaced."""
-    if draw(st.integers(0, 3)) == 0:
-        return draw(st.binary(max_size=200))
-    data = bytearray(good[: draw(st.integers(0, len(good)))] if draw(st.booleans()) else good)
-    for _ in range(draw(st.integers(0, 8)) if data else 0):
-        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    return bytes(data)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Chapter 8: how samples are judged."""
 
+import io
 import json
 import math
 import subprocess
@@ -9,32 +10,15 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, launch
+from helpers import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import fid
+from experiments.distortions import random_weights
 from fid import (FolderImages, InceptionV3, Moments, NpzImages, Side, frechet_distance,
                  inception_score, precision_recall, resize_tf1, squared_distances)
-
-
-def random_weights():
-    """A network in the public key layout: He-normal, with batch norms that see what they expect,
-    and a bias that the suite does not use."""
-    torch.manual_seed(0)
-    net = InceptionV3()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.2)
-            module.momentum = None
-    torch.nn.init.normal_(net.fc.weight, 0, 0.05)
-    torch.nn.init.normal_(net.fc.bias)
-    with torch.no_grad():
-        net.train()(pictures(8, 96, 96))
-    return {key: x for key, x in net.state_dict().items() if "num_batches_tracked" not in key}
 
 
 def pictures(n, height, width, seed=0):
@@ -49,7 +33,7 @@ def pictures(n, height, width, seed=0):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(random_weights(), path)
+    torch.save(random_weights(pictures(8, 96, 96)), path)
     return path
 
 
@@ -65,7 +49,7 @@ def spd(rng, d, rank=None):
 
 # --- the network --------------------------------------------------------------------------------
 
-# torch-fidelity 0.4.0 on random_weights() and pictures(2, 40, 56, seed=7), float32 on a CPU:
+# torch-fidelity 0.4.0 on the weights above and pictures(2, 40, 56, seed=7), float32 on a CPU:
 # FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]), softmax of the
 # logits, and a forward hook on Mixed_6d for [:, :7] in the order H, W, C.
 PEER = {
@@ -89,10 +73,10 @@ def test_the_outputs_are_those_of_an_independent_implementation(net):
         assert x.norm().item() == pytest.approx(PEER[name + " norm"], rel=1e-4)
 
 
-def test_the_key_layout_is_that_of_the_public_file():
+def test_the_key_layout_is_that_of_the_public_file(weights):
     """torchvision's names and shapes (inception_v3 of 0.28.0 with 1008 classes and no auxiliary
     ones: 23,850,960 parameters), without the counters of batch norm."""
-    state = random_weights()
+    state = torch.load(weights, weights_only=True)
     assert len(state) == 94 * 5 + 2 and state["fc.weight"].shape == (1008, 2048)
     for key in ("Conv2d_1a_3x3.conv.weight", "Mixed_5d.branch3x3dbl_3.bn.running_var",
                 "Mixed_6b.branch7x7dbl_5.conv.weight", "Mixed_7a.branch7x7x3_4.bn.bias",
@@ -422,6 +406,31 @@ def test_bad_input_is_one_line(monkeypatch, album, weights, tmp_path, name, answ
     with pytest.raises((ValueError, OSError)) as error:
         command(monkeypatch, weights, tmp_path / name, album / "samples.npz")
     assert answer in str(error.value) and "\n" not in str(error.value)
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+STATISTICS = {"mu": np.ones(2), "sigma": np.eye(2), "mu_s": np.ones(2), "sigma_s": np.eye(2)}
+GOOD = npz(arr_0=pictures(3, 4, 4).numpy()), npz(**STATISTICS, n=5), b"\x80 weights"
+
+
+@settings(max_examples=150)
+@given(data=st.sampled_from(GOOD).flatmap(damaged), world=st.integers(1, 2))
+def test_any_bytes_are_images_statistics_weights_or_a_clean_error(tmp_path_factory, data, world):
+    path = tmp_path_factory.getbasetemp() / "any.npz"
+    path.write_bytes(data)
+    try:
+        side = Side(path)
+        for images in side.images.batches(2, 0, world) if side.images else ():
+            assert images.dtype == np.uint8 and images.shape[3] == 3
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    with pytest.raises(ValueError, match="is not a file of the network's weights"):
+        fid.load_inception(path, any_weights=True)
 
 
 def test_other_weights_are_refused_and_so_is_what_is_none(weights, tmp_path):
