@@ -4,9 +4,9 @@ Do FID and sFID grow with the damage done to images, even without trained weight
     python -m experiments.distortions --data PHOTOS
     python -m experiments.distortions --data PHOTOS --inception pt_inception-2015-12-05-6726825d.pth
 
-The photos are the reference; the samples are the same photos with noise, blur or JPEG compression of
-growing strength.  Without --inception the network's weights are random: distances say less then, but
-resizing, features, statistics and distances are the same.  Draws assets/distortions.png.
+The photos are the reference; the samples are the same photos with noise, blur or JPEG compression
+of growing strength.  Without --inception the network's weights are random: distances say less then,
+but resizing, features, statistics and distances are the same.  Draws assets/distortions.png.
 """
 
 import io
@@ -97,7 +97,8 @@ def draw(result, n, size, weights):
         name, strengths = DISTORTIONS[distort]
         places = range(len(points))
         for metric, colour, marker in (("FID", "#0072B2", "o"), ("sFID", "#D55E00", "s")):
-            axes.plot(places, [point[metric] for point in points], color=colour, marker=marker, label=metric)
+            values = [point[metric] for point in points]
+            axes.plot(places, values, color=colour, marker=marker, label=metric)
         axes.set(title=distort.__name__, xlabel=name, yscale="log")
         axes.set_xticks(places, strengths)
         axes.grid(alpha=0.3)
@@ -133,7 +134,8 @@ def main():
             values = ", ".join(f"{point[metric]:.4g}" for point in result[distort])
             print(f"{distort.__name__:<6}{metric:<5} at {str(strengths)[1:-1]}: {values}",
                   flush=True)
-    figure = draw(result, len(photos), options.size, "the suite's" if options.inception else "random")
+    weights = "the suite's" if options.inception else "random"
+    figure = draw(result, len(photos), options.size, weights)
     save_atomically(options.out, lambda path: figure.savefig(path, format="png", dpi=120))
     print(f"wrote {options.out}")
 

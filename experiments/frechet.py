@@ -40,7 +40,7 @@ def main():
     options = parse_options(Options, __doc__)
     at_least(1, repeat=options.repeat, dim=options.dim)
     rng, d = np.random.default_rng(options.seed), options.dim
-    scale = np.arange(1, d + 1) ** -0.5                      # a spectrum that falls, as features' do
+    scale = np.arange(1, d + 1) ** -0.5                      # a falling spectrum
     print(f"{d} dimensions, seed {options.seed}, n = {options.repeat}")
     for n in (5 * d, d // 2):
         pair = [rng.standard_normal((n, d)) * scale + shift for shift in (0, 0.02)]

@@ -223,9 +223,9 @@ def test_precision_is_of_the_samples_and_recall_of_the_reference():
 
 
 def test_half_precision_rounds_as_tensorflow_does():
-    """A hand calculation: 3 x 3 = 9, in float16 2049 becomes 2048, and what overflows is float32."""
+    """By hand: 9 + 2048 is a multiple of 2 there; and what overflows is done in float32."""
     a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 45.26]])
-    assert squared_distances(a, b, half=True).item() == 2056     # 9 + 2048 rounds to even eights
+    assert squared_distances(a, b, half=True).item() == 2056         # float16 has steps of 2 there
     assert squared_distances(a, b).item() == pytest.approx(9 + 45.26**2)
     far = torch.tensor([[300.0, 0.0]])
     assert squared_distances(a, far, half=True).item() == pytest.approx(297**2)

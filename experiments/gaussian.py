@@ -1,0 +1,183 @@
+"""
+Do networks behave like the Gaussian model of Appendix A?  (theory/README.md has the theory.)
+
+    python -m experiments.gaussian              # 12 runs, about 25 minutes on 2 cores; resumes
+    python -m experiments.gaussian --quick      # a smoke run
+
+Images are drawn exactly from Assumptions A.3 and A.4, in the basis of the two-dimensional DCT, so
+the optimal velocity is known in closed form: coefficient by coefficient, Eq. (16).  A DiT-only and
+a DiP, with tokens narrower (32) and wider (96) than the 48 numbers of a patch, are trained alike
+from three seeds.  What is measured is the excess of their loss over the smallest possible one, by
+frequency and by t.  Writes experiments/results/gaussian.json and assets/gaussian.png.
+"""
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import scipy.fft
+import torch
+
+from dip import DiPConfig
+from sample import (load_model, option, parse_options, random_stream, run_main, save_atomically,
+                    start_processes)
+from train import TrainOptions, fit
+
+SIZE, ALPHA, VARIANCE = 16, 1.5, 0.25        # pixels a side; decay; variance of a pixel
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+WIDTHS, SEEDS = (32, 96), (0, 1, 2)
+BANDS = (0, 1, 4, 16, 64, 128, 256)          # borders of the bands, in the order of frequency
+MODELS = "DiT-only", "DiP"
+
+
+def eigenvalues():
+    """(SIZE, SIZE): i^-alpha in the order of radial frequency, scaled to the variance of a pixel;
+    and the order itself, flat."""
+    k = np.arange(SIZE)
+    order = np.argsort(np.hypot(*np.meshgrid(k, k)).ravel(), kind="stable")
+    values = np.empty(SIZE**2)
+    values[order] = np.arange(1, SIZE**2 + 1) ** -ALPHA
+    return (values * (VARIANCE * SIZE**2 / values.sum())).reshape(SIZE, SIZE), order
+
+
+class GaussianData:
+    """Independent images; three independent channels."""
+
+    classes = names = ["Gaussian"]
+    flip = False
+    bad = torch.zeros(0, dtype=torch.bool)
+
+    def __init__(self, length=200_000):
+        self.length, self.deviations = length, np.sqrt(eigenvalues()[0])[..., None]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        """float (SIZE, SIZE, 3), as levels from 0 to 255, neither rounded nor clipped; label 0"""
+        normal = np.random.default_rng((2511, index)).standard_normal((SIZE, SIZE, 3))
+        x_0 = scipy.fft.idctn(normal * self.deviations, axes=(0, 1), norm="ortho")
+        return ((x_0 + 1) * 127.5).astype(np.float32), 0
+
+
+def spectrum(x):
+    """(B, 3, SIZE, SIZE) -> DCT coefficients"""
+    return scipy.fft.dctn(x.numpy(), axes=(2, 3), norm="ortho")
+
+
+@torch.no_grad()
+def excess(model, n):
+    """(times, SIZE, SIZE): E |v - v*|^2 per coefficient, over n fresh images and three channels."""
+    values, result = eigenvalues()[0], []
+    for t in TIMES:
+        g = random_stream("Gaussian images", t)
+        x_0 = torch.randn(n, 3, SIZE, SIZE, generator=g).numpy() * np.sqrt(values)
+        noise = torch.randn(n, 3, SIZE, SIZE, generator=g)
+        x_0 = torch.from_numpy(scipy.fft.idctn(x_0, axes=(2, 3), norm="ortho")).float()
+        x_t = (1 - t) * x_0 + t * noise
+        v = model(x_t, torch.full((n,), t), torch.zeros(n, dtype=torch.long))
+        best = spectrum(x_t) * (t - (1 - t) * values) / ((1 - t) ** 2 * values + t**2)
+        result.append(((spectrum(v) - best) ** 2).mean(axis=(0, 1)))
+    return np.stack(result)
+
+
+def smallest_loss():
+    """(times, SIZE, SIZE): Var(v | x_t) of each coefficient."""
+    values, t = eigenvalues()[0], np.array(TIMES)[:, None, None]
+    return values / ((1 - t) ** 2 * values + t**2)
+
+
+def in_bands(x):
+    """(times, SIZE, SIZE) -> (times, bands), means over the coefficients of a band"""
+    order = eigenvalues()[1]
+    x = x.reshape(len(TIMES), -1)[:, order]
+    return [[float(row[a:b].mean()) for a, b in zip(BANDS, BANDS[1:])] for row in x]
+
+
+@dataclass
+class Options:
+    steps: int = option(1500, "updates of 64 images")
+    runs: str = option("runs/gaussian", "folder of the runs", metavar="DIR")
+    quick: bool = option(False, "one seed, 20 steps; draws nothing, writes no results")
+
+
+def train(kind, width, seed, options, processes):
+    """The averaged weights of one run."""
+    out = f"{options.runs}/{kind}-{width}-{seed}-{options.steps}"
+    last = Path(out, f"ckpt-{options.steps:08d}.pt")
+    if last.exists():
+        return load_model(last, processes.device)[0]
+    head = dict(head="unet", head_width=16, head_depth=2) if kind == "DiP" else dict(head="none")
+    config = DiPConfig(image_size=SIZE, patch_size=4, hidden_size=width, depth=4, num_heads=4,
+                       num_classes=1, **head)
+    settings = TrainOptions(
+        model=kind, image_size=SIZE, steps=options.steps, batch_size=64, micro_batch=64, lr=1e-3,
+        warmup=100, cooldown=0.3, time_mean=0.0, label_dropout=0.0, seed=seed, workers=0, keep=1,
+        sample_every=options.steps, save_every=max(1, options.steps // 4),
+        out=out)
+    return fit(settings, config, GaussianData(), None, processes)[0]
+
+
+def draw(results):
+    """Excess by frequency: a row for each width, a column for some times."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = [TIMES.index(t) for t in (0.1, 0.5, 0.9)]
+    figure, panels = plt.subplots(len(WIDTHS), len(columns), figsize=(9, 5), sharex=True,
+                                  sharey=True, layout="constrained")
+    names = [f"{a + 1}-{b}" if b > a + 1 else str(b) for a, b in zip(BANDS, BANDS[1:])]
+    for row, width in zip(panels, WIDTHS):
+        for axes, k in zip(row, columns):
+            for kind, colour, marker in (("DiT-only", "#D55E00", "s"), ("DiP", "#0072B2", "o")):
+                runs = np.array([r["excess"] for r in results["runs"]
+                                 if (r["model"], r["width"]) == (kind, width)])[:, k]
+                axes.plot(names, runs.mean(0), color=colour, marker=marker, label=kind)
+                axes.fill_between(names, runs.min(0), runs.max(0), color=colour, alpha=0.25)
+            axes.plot(names, results["smallest_loss"][k], "k:", label="smallest possible loss")
+            axes.set(yscale="log", title=f"t = {TIMES[k]}, tokens of {width}")
+            axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("frequency, in order")
+        axes.tick_params(axis="x", rotation=45)
+    for row in panels:
+        row[0].set_ylabel("excess loss a coefficient")
+    panels[0][0].legend(fontsize=8)
+    return figure
+
+
+def main():
+    options = parse_options(Options, __doc__)
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    options.steps = 20 if options.quick else options.steps
+    processes, n = start_processes("cpu"), 32 if options.quick else 1000
+    runs = []
+    for width in WIDTHS:
+        for kind in MODELS:
+            for seed in seeds:
+                model = train(kind, width, seed, options, processes)
+                weights = sum(p.numel() for p in model.parameters())
+                found = excess(model, n)
+                runs.append(dict(model=kind, width=width, seed=seed, parameters=weights,
+                                 excess=in_bands(found), total=found.mean(axis=(1, 2)).tolist()))
+                print(f"{kind:<9} tokens of {width:<3} seed {seed}: excess by t "
+                      + " ".join(f"{x:.4f}" for x in runs[-1]["total"]), flush=True)
+    if options.quick:
+        return
+    results = dict(
+        times=TIMES, bands=BANDS, steps=options.steps, batch=64, n=n, alpha=ALPHA,
+        pixel_variance=VARIANCE, torch=torch.__version__, hardware=platform.processor() or
+        platform.machine(), threads=torch.get_num_threads(), runs=runs,
+        smallest_loss=in_bands(smallest_loss()))
+    path = Path("experiments/results/gaussian.json")
+    save_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
+    figure = draw(results)
+    save_atomically("assets/gaussian.png",
+                    lambda partial: figure.savefig(partial, format="png", dpi=120))
+    print(f"wrote {path} and assets/gaussian.png")
+
+
+if __name__ == "__main__":
+    run_main(main)

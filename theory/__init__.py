@@ -1,0 +1,1 @@
+"""Appendix A and B of the paper, checked numerically: `python -m theory`."""
