@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -286,12 +287,11 @@ def inception_score(probs, split=5000):
 def squared_distances(a, b, half=False):
     """(M, d), (N, d) -> (M, N).  half: as TensorFlow computes them in float16 (suite)."""
     if half:
-        a, b = a.half(), b.half()
-        product = (a.float() @ b.float().T).half()           # sums in float32, rounded once
-        D = a.square().sum(1)[:, None] - 2 * product + b.square().sum(1)
+        u, v = a.half(), b.half()
+        product = (u.float() @ v.float().T).half()           # sums in float32, rounded once
+        D = u.square().sum(1)[:, None] - 2 * product + v.square().sum(1)
         if D.isfinite().all():
-            return D.clamp(min=0).float()
-        a, b = a.float(), b.float()
+            return D.clamp(min=0).float()                    # else all in float32 (suite)
     return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
 
 
@@ -317,7 +317,7 @@ def precision_recall(real, fake, k=3, half=False, block=1000):
         D = squared_distances(rows, real, half)
         inside.append((D <= real_radii).any(dim=1))
         covered |= (D <= row_radii[:, None]).any(dim=0)
-    return torch.cat(inside).double().mean().item(), covered.double().mean().item()
+    return int(torch.cat(inside).sum()) / len(fake), int(covered.sum()) / len(real)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -339,12 +339,40 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def list_images(folder):
+    """Paths of all images below a folder, sorted; hidden files are none."""
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
+                  for name in names
+                  if Path(name).suffix.lower() in ENDINGS and not name.startswith("."))
+
+
+def read_image(path, crop=None):
+    """uint8 (H, W, 3) of a file: grey, CMYK, palette or 16 bits, upright by its EXIF, and with
+    `crop`, (crop, crop, 3).  Refuses what would need gigabytes.
+
+    A broken file may raise nearly anything; an OSError with an errno is not the file's fault.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if crop and max(image.size) / min(image.size) * crop**2 > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} is too long to be scaled")
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except Exception:                                # of the EXIF alone; the image may live
+                upright = image
+            if upright.mode.startswith("I"):                 # 16 bits: keep the upper 8
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = upright.convert("RGB")
+            return np.array(center_crop(upright, crop) if crop else upright)
+
+
 class FolderImages:
     """All images below a folder, by name; grey ones become RGB."""
 
     def __init__(self, path, crop=None):
         self.path, self.crop = path, crop
-        self.files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in ENDINGS)
+        self.files = list_images(path)
         if not self.files:
             raise ValueError(f"{path} holds no images ({' '.join(sorted(ENDINGS))})")
         self.size = self.read(self.files[0]).shape[:2]
@@ -354,9 +382,7 @@ class FolderImages:
 
     def read(self, file):
         try:
-            with Image.open(file) as image:
-                image = image.convert("RGB")
-                return np.asarray(center_crop(image, self.crop) if self.crop else image)
+            return read_image(file, self.crop)
         except Exception as error:   # Pillow's plugins raise nearly anything on a broken file
             raise ValueError(f"{file}: unreadable image ({error})") from None
 
@@ -380,7 +406,7 @@ class NpzImages:
     def __init__(self, path):
         self.path = path
         with self.member() as (_, shape, dtype):
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:3]) < 1:
                 raise ValueError(f"{path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
             self.n, self.size = shape[0], shape[1:3]
 
@@ -395,7 +421,9 @@ class NpzImages:
                 read = {1: np.lib.format.read_array_header_1_0,
                         2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)[0]]
                 shape, fortran, dtype = read(file)
-                yield file, shape, f"Fortran-ordered {dtype}" if fortran else dtype
+                if fortran:
+                    raise ValueError(f"{self.path}: arr_0 is in Fortran's order; save it in C's")
+                yield file, shape, dtype
         except Exception as error:   # a broken file may fail anywhere inside the readers
             if str(self.path) in str(error):
                 raise
@@ -451,6 +479,9 @@ def gather_batches(mine, rank, world):
     return torch.cat([ranks[b % world][b // world] for b in range(sum(map(len, ranks)))])
 
 
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+
+
 class Side:
     """Reference or samples: statistics, and features of its images if it has any."""
 
@@ -462,8 +493,9 @@ class Side:
             self.images = FolderImages(path, crop)
         else:
             self.open_npz(path)
-        if self.images and len(self.images) < 2:
-            raise ValueError(f"{path} holds one image; a covariance needs two, a comparison 50,000")
+        if self.images is not None and len(self.images) < 2:
+            raise ValueError(f"{path} holds {len(self.images)} image; a covariance needs two, "
+                             f"a comparison 50,000")
         if self.images and not self.statistics:
             self.n = len(self.images)
 
@@ -471,7 +503,7 @@ class Side:
         try:
             with zipfile.ZipFile(path) as archive:
                 keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            wanted = [key for key in ("mu", "sigma", "mu_s", "sigma_s", "n") if key in keys]
+            wanted = [key for key in (*STATISTICS, "n") if key in keys]
             with np.load(path, allow_pickle=False) as file:
                 found = {key: file[key] for key in wanted}
             self.n = int(found.pop("n")) if "n" in found else None
@@ -479,10 +511,13 @@ class Side:
             raise ValueError(f"{path} is not a readable .npz ({type(error).__name__})") from None
         if "arr_0" in keys:
             self.images = NpzImages(path)
-        if not found and not self.images:
+        if not found and self.images is None:
             raise ValueError(f"{path} has neither arr_0 nor mu; it has {', '.join(keys)}")
         if found and len(found) < 4:
-            raise ValueError(f"{path} has {', '.join(found)}, not all of mu, sigma, mu_s, sigma_s")
+            raise ValueError(f"{path} has {', '.join(found)}, not all of {', '.join(STATISTICS)}")
+        shapes = {key: x.shape for key, x in found.items()}
+        if found and shapes != STATISTICS:
+            raise ValueError(f"{path} has statistics of shapes {shapes}, not {STATISTICS}")
         self.statistics = found or None
 
     def measure(self, net, batch, device, rank=0, world=1):
@@ -537,7 +572,9 @@ def doubts(reference, samples, options, digest):
     if digest != WEIGHTS_SHA256:
         found.append("the network's weights are not the suite's")
     for name, side in (("reference", reference), ("samples", samples)):
-        if side.n is not None and side.n < 2048:
+        if side.n is None:
+            found.append(f"{name}: statistics of an unknown number of images")
+        elif side.n < 2048:
             found.append(f"{name}: n = {side.n} < 2048, the covariance is singular")
     if samples.n is not None and samples.n < 50_000:
         found.append(f"n = {samples.n} samples, not 50,000: FID is larger the fewer there are")
@@ -545,6 +582,8 @@ def doubts(reference, samples, options, digest):
         found.append("statistics without images: no precision, no recall")
     elif reference.images.size != samples.images.size:
         found.append("reference and samples differ in size")
+    if options.pr_dtype == "float":
+        found.append("precision and recall are exact, the suite's are in float16")
     if options.crop:
         found.append(f"--crop {options.crop}: images of folders were resized here")
     if samples.images and any(f.suffix.lower() in (".jpg", ".jpeg")
@@ -583,6 +622,9 @@ def main():
         raise ValueError("nothing to do: give SAMPLES, or --save-stats FILE")
     if options.batch < 1 or (options.crop is not None and options.crop < 1):
         raise ValueError("--batch and --crop must be at least 1")
+    for file in (options.save_stats, options.json):
+        if file and not Path(file).parent.is_dir():
+            raise ValueError(f"{file} cannot be written: there is no folder {Path(file).parent}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")                      # a few sums at the end: gloo will do
@@ -592,10 +634,11 @@ def main():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     sides = [Side(path, options.crop) for path in (options.reference, options.samples) if path]
     if any(side.images for side in sides):
-        if rank > 0:
-            dist.barrier()                                   # rank 0 fetches the weights
+        waits = world > 1 and int(os.environ["LOCAL_RANK"]) > 0
+        if waits:
+            dist.barrier()                                   # one process a node fetches weights
         net, digest = load_inception(options.inception, options.any_weights)
-        if rank == 0 and world > 1:
+        if world > 1 and not waits:
             dist.barrier()
         try:
             net = net.to(device)
@@ -610,14 +653,24 @@ def main():
         report(sides, options, digest, device)
 
 
+def write(path, fill):
+    """Call fill(file), and only then let it take the path's name: never half a file."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            fill(file)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
 def report(sides, options, digest, device):
     """Print the result, write what was asked for."""
     reference = sides[0]
     print(f"reference: {reference}")
     if options.save_stats:
         n = {} if reference.n is None else {"n": reference.n}
-        with open(options.save_stats, "wb") as file:
-            np.savez(file, **reference.statistics, **n)
+        write(options.save_stats, lambda file: np.savez(file, **reference.statistics, **n))
         print(f"wrote {options.save_stats}")
     if len(sides) == 1:
         return
@@ -633,11 +686,16 @@ def report(sides, options, digest, device):
         facts = dict(reference=str(reference), samples=str(samples), n_reference=reference.n,
                      n_samples=samples.n, extractor_sha256=digest, pr_dtype=options.pr_dtype,
                      not_comparable=found, torch=torch.__version__)
-        Path(options.json).write_text(json.dumps({**result, **facts}, indent=1) + "\n")
+        text = json.dumps({**result, **facts}, indent=1) + "\n"
+        write(options.json, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"fid.py: error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()

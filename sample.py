@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import typing
@@ -207,8 +208,10 @@ def save_atomically(path, write):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)                                 # and so is its name
             os.close(folder)
-    except RuntimeError as error:                            # torch.save's answer to a full disk
+    except RuntimeError as error:
         line = str(error).splitlines()[0]
+        if "inline_container" not in line:                   # torch.save's answer to a full disk
+            raise
         raise OSError(f"{path} could not be written; is the disk full? ({line})") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -218,7 +221,7 @@ def save_atomically(path, write):
 # Checkpoints: a dict of builtins and tensors, so that weights_only=True can open it
 
 CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "tally": torch.Tensor,
-              "config": dict, "classes": list, "names": list, "options": dict}
+              "config": dict, "images": int, "classes": list, "names": list, "options": dict}
 
 
 def load_checkpoint(path, verify=False):
@@ -233,6 +236,8 @@ def load_checkpoint(path, verify=False):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
     except Exception as error:       # a hostile or broken file may fail anywhere inside the reader
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise                                            # not the file's fault
         kind = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py, or not all of it is there "
                          f"({kind})") from None
@@ -254,7 +259,7 @@ def newest_intact(folder, verify=False):
             load_checkpoint(path, verify)
             return path
         except ValueError as error:
-            print(f"warning: {error}; going back to the checkpoint before it")
+            print(f"warning: {error}; passed over")
     if paths:
         raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
 
@@ -337,8 +342,17 @@ class Processes:
         return things
 
     def on_first(self, function, *arguments):
-        """What rank 0, and rank 0 alone, gets from the function."""
-        return self.gather(function(*arguments) if self.rank == 0 else None)[0]
+        """What rank 0, and rank 0 alone, gets from the function; its errors are raised by all."""
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = function(*arguments)
+            except (ValueError, OSError) as found:
+                error = found
+        result, error = self.gather((result, error))[0]
+        if error:
+            raise error
+        return result
 
     def reduce(self, tensor):
         """The sum over the ranks, in place, and returned."""
@@ -417,11 +431,16 @@ def run_main(main):
     """Run a command; what the user can mend ends in one line and exit code 1, no traceback."""
     try:
         code = main()
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # the last of a
-        line = line.removeprefix("ValueError: ")                                 # loader process
-        if isinstance(error, torch.OutOfMemoryError):
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        line = lines[-1 if lines[0].startswith("Caught ") else 0]    # from a loader process
+        line = line.removeprefix("ValueError: ")
+        if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", line):
             line = "out of memory; a smaller --micro-batch (training) or --batch (sampling) helps"
+        elif isinstance(error, RuntimeError):
+            if not (dist.is_initialized() and re.search("[Cc]onnection (closed|reset)", line)):
+                raise
+            line = "another process of this command has ended"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -537,17 +556,19 @@ def export(model, options, processes):
                          f"delete it, or choose another --out")
     batches = [range(i, min(i + options.batch, N)) for i in range(0, N, options.batch)]
     files = [parts / f"{indices[0]:08d}.npy" for indices in batches]
-    todo = [(indices, file) for indices, file in zip(batches, files) if not file.exists()]
+    todo = processes.on_first(lambda: [(indices, file) for indices, file in zip(batches, files)
+                                       if not file.exists()])
     if rank == 0 and len(todo) < len(files):
         print(f"continuing: {len(files) - len(todo)} of {len(files)} batches are already drawn")
-    processes.barrier()                                      # all have looked before any draws
     for indices, file in tqdm(todo[rank::world], "exporting", unit="batch", disable=rank > 0):
         x = generate(model, [i % K for i in indices], indices, **options.settings())
         save_atomically(file, lambda path: save_part(path, to_uint8(x)))
     processes.barrier()
     if rank == 0:
-        shape = (N, *read_part(files[0]).shape[1:])
-        save_atomically(out, lambda path: write_npz(path, files, shape, np.arange(N) % K))
+        size = options.size or [model.config.image_size] * 2
+        shape = (N, *size, 3)
+        parts_of = [(file, (len(indices), *size, 3)) for indices, file in zip(batches, files)]
+        save_atomically(out, lambda path: write_npz(path, parts_of, shape, np.arange(N) % K))
         shutil.rmtree(parts)
         print(f"wrote {out}: arr_0 uint8 {shape}, {K} classes in turn")
 
@@ -564,11 +585,11 @@ def save_part(path, images):
         np.save(file, images)
 
 
-def read_part(path):
-    """uint8 (B, H, W, 3)"""
+def read_part(path, shape):
+    """uint8 of the shape (B, H, W, 3)"""
     try:
         images = np.load(path, allow_pickle=False)
-        if images.dtype == np.uint8 and images.ndim == 4:
+        if images.dtype == np.uint8 and images.shape == shape:
             return images
     except Exception:                # numpy's reader raises nearly anything on a broken file
         pass
@@ -576,13 +597,13 @@ def read_part(path):
 
 
 def write_npz(path, files, shape, labels):
-    """An uncompressed .npz made from parts, with one part in memory at a time."""
+    """An uncompressed .npz made from parts, (file, shape) each, with one in memory at a time."""
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for file in files:
-                member.write(read_part(file).tobytes())
+            for file, part in files:
+                member.write(read_part(file, part).tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels.astype(np.int64))
 

@@ -21,7 +21,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +37,7 @@ from tqdm import tqdm
 
 from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
                  logit_normal_time)
-from fid import ENDINGS, center_crop
+from fid import ENDINGS, list_images, read_image
 from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, newest_intact, option,
                     parse_options, random_stream, run_main, save_atomically, start_processes,
                     to_uint8)
@@ -152,9 +150,7 @@ class FolderData:
             raise ValueError(f"--data {root} is not a folder")
         self.files, self.labels, self.classes = [], [], []
         for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
-            files = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
-                           for name in names
-                           if Path(name).suffix.lower() in ENDINGS and not name.startswith("."))
+            files = list_images(folder)
             if files:
                 self.files += files
                 self.labels += [len(self.classes)] * len(files)
@@ -171,23 +167,24 @@ class FolderData:
 
     def __getitem__(self, index):
         """uint8 (size, size, 3), label"""
-        tried = [(index + k) % len(self) for k in range(len(self) // 100 + 1)]
-        for i in tried:
+        allowed = len(self) // 100
+        for i in ((index + k) % len(self) for k in range(allowed + 1)):
             try:
                 return read_image(self.files[i], self.size), self.labels[i]
             except Exception as error:
+                if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                    raise                                    # not the file's fault
                 if not self.bad[i]:
                     self.bad[i] = True
                     tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
                                f"stands in for it", file=sys.stderr)
-        self.refuse(tried)
+        raise self.complaint(self.bad.nonzero().flatten().tolist())
 
-    def refuse(self, bad):
-        """End with the list if more than 1 % of the files are bad, given their indices."""
-        if len(bad) > len(self) / 100:
-            names = ", ".join(self.files[i] for i in sorted(bad)[:20])
-            raise ValueError(f"--data {self.root}: {len(bad)} of {len(self)} images unreadable, "
-                             f"more than 1 %: {names}{', ...' if len(bad) > 20 else ''}")
+    def complaint(self, bad):
+        """The error that lists unreadable files, given their indices."""
+        names = ", ".join(self.files[i] for i in sorted(bad)[:20])
+        return ValueError(f"--data {self.root}: {len(bad)} of {len(self)} images unreadable, "
+                          f"more than 1 %: {names}{', ...' if len(bad) > 20 else ''}")
 
 
 def open_data(data, size):
@@ -321,7 +318,10 @@ def configure(options, processes):
     if options.batch_size % (world * options.micro_batch):
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
                          f"{world} processes x --micro-batch {options.micro_batch}")
-    at_least(0, lr=options.lr, warmup=options.warmup, clip=options.clip)
+    at_least(0, lr=options.lr, warmup=options.warmup, clip=options.clip, workers=options.workers,
+             seed=options.seed)
+    if not abs(options.time_mean) < 100 or options.seed >= 2**63:
+        raise ValueError(f"--time-mean {options.time_mean}, --seed {options.seed}: out of range")
     for field in ("cooldown", "ema", "label_dropout"):
         if not 0 <= getattr(options, field) <= 1:
             name, value = field.replace("_", "-"), getattr(options, field)
@@ -443,12 +443,18 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def saved(out, step):
+    """The newest checkpoint up to a step, or None: a later one is broken, or resume() had it."""
+    name = f"ckpt-{step:08d}.pt"
+    return max((path for path in out.glob("ckpt-*.pt") if path.name <= name), default=None)
+
+
 def write_checkpoint(out, keep, **state):
     """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond `keep`."""
     path = out / f"ckpt-{state['step']:08d}.pt"
     save_atomically(path, lambda partial: torch.save(state, partial))
     for old in sorted(old for old in out.glob("ckpt-*.pt") if old <= path)[:-keep]:
-        old.unlink()                 # a later one is broken, or this run would not be here
+        old.unlink()
 
 
 def write_samples(out, step, ema, names, seed):
@@ -464,6 +470,8 @@ def write_samples(out, step, ema, names, seed):
 def write_log(out, **line):
     with (out / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())              # a later checkpoint must not outlive it
 
 
 def read_log(out):
@@ -472,7 +480,7 @@ def read_log(out):
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -514,22 +522,27 @@ def resume(path, options, config, data, model, ema, optimizer, rank):
                           f"{getattr(options, field)} here")
     if state["classes"] != data.classes:
         differ.append("other classes")
+    if state["images"] != len(data):         # another order of images
+        differ.append(f"{state['images']} images there, {len(data)} here")
     if differ:
         raise ValueError(f"{path} is of another configuration ({'; '.join(differ)}); "
                          f"choose another --out")
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
+        moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
+        optimizer.load_state_dict(moments)   # whose settings are the options'
+        tally = torch.zeros(3, TIME_BINS).copy_(state["tally"] if rank == 0 else torch.zeros(()))
+    except Exception as error:               # whatever a file from a stranger may raise
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} does not fit: {line}") from None
     for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
         before, now = state["options"].get(field), getattr(options, field)
         if before != now and rank == 0:
             print(f"changed since the checkpoint: --{field} {before} -> {now}")
     if rank == 0:
         print(f"resumed at step {state['step']}")
-    return state["step"], state["tally"] if rank == 0 else torch.zeros_like(state["tally"])
+    return state["step"], tally
 
 
 def tidy(out, step):
@@ -563,8 +576,8 @@ def announce(options, config, data, processes):
 def refuse_bad_files(data, processes):
     """End the run, on all ranks, if more than 1 % of the files turned out unreadable on any."""
     bad = set().union(*processes.gather(data.bad.nonzero().flatten().tolist()))
-    if bad:
-        data.refuse(bad)
+    if len(bad) > len(data) / 100:
+        raise data.complaint(bad)
 
 
 def show(out, step, ema, data, val_data, seed):
@@ -587,9 +600,9 @@ def report_skipped(out, step, skipped, losses, processes):
         tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
         write_log(out, step=step, skipped=what)
     if skipped == MAX_SKIPPED:
-        last = max(out.glob("ckpt-*.pt"), default=None)
         raise FloatingPointError(f"{skipped} updates in a row were not finite, the last at step "
-                                 f"{step}: {what}; last good checkpoint: {last}; try a lower --lr")
+                                 f"{step}: {what}; last good checkpoint: {saved(out, step)}; "
+                                 f"try a lower --lr")
 
 
 def begin(options, config, data, processes):
@@ -666,11 +679,11 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=()):
         done, last, stop = step + 1, step + 1 == options.steps, processes.any(signals)
         log, look, save = (last or done % every == 0 for every in
                            (options.log_every, options.sample_every, options.save_every))
-        save = last or (save or stop) and not skipped        # nothing is saved in a bad stretch
+        save = last or (save or stop) and not skipped        # none but the last in a bad stretch
         if log or save:
             tally = processes.reduce(tally) * (rank == 0)    # rank 0 keeps what all have seen
-        if log:
-            refuse_bad_files(data, processes)
+        for part in filter(None, (data, val_data) if log else ()):
+            refuse_bad_files(part, processes)
         if rank == 0 and log and tally.any():
             means, speed = mean_losses(tally), options.batch_size * len(seconds) / sum(seconds)
             write_log(out, step=done, **means, lr=lr, images_per_s=round(speed, 1),
@@ -683,8 +696,9 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=()):
             write_checkpoint(
                 out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
                 optimizer=optimizer.state_dict(), step=done, tally=tally, config=asdict(config),
-                options=asdict(options), classes=data.classes, names=data.names)
+                options=asdict(options), images=len(data), classes=data.classes, names=data.names)
         if stop:
+            processes.barrier()                              # nobody leaves before it is saved
             break
     return ema, done
 
@@ -709,7 +723,8 @@ def main():
         _, done = fit(options, config, data, val_data, processes, encoder, signals)
     if done < options.steps:
         if processes.rank == 0:
-            print(f"stopped by a signal after step {done}; the same command goes on")
+            print(f"stopped by a signal after step {done}; the same command goes on from "
+                  f"{saved(Path(options.out), done) or 'the beginning'}")
         return 128 + max(signals, default=signal.SIGTERM)    # as a shell counts
     if processes.rank == 0:
         print(f"done: look at {options.out}/samples-{done:08d}.png and {options.out}/loss.png; "

@@ -90,6 +90,20 @@ def smallest_loss():
     return values / ((1 - t) ** 2 * values + t**2)
 
 
+def width_bound(width):
+    """(times,): the least excess, a coefficient, of any model whose last layer is linear in tokens
+    of that width, as DiT's is: of the 48 directions of v* in a patch it must miss the weakest."""
+    values, basis = eigenvalues()[0].ravel(), scipy.fft.idct(np.eye(SIZE), axis=0, norm="ortho")
+    U, found = np.kron(basis, basis), []
+    patches = np.arange(SIZE**2).reshape(SIZE // 4, 4, SIZE // 4, 4).swapaxes(1, 2).reshape(-1, 16)
+    for t in TIMES:
+        variance = (t - (1 - t) * values) ** 2 / ((1 - t) ** 2 * values + t**2)      # of v*
+        per_patch = [np.linalg.eigvalsh((U[p] * variance) @ U[p].T) for p in patches]
+        missed = [np.sort(np.tile(x, 3))[:max(0, 48 - width)].sum() / 48 for x in per_patch]
+        found.append(float(np.mean(missed)))
+    return found
+
+
 def in_bands(x):
     """(times, SIZE, SIZE) -> (times, bands), means over the coefficients of a band"""
     order = eigenvalues()[1]
@@ -170,7 +184,8 @@ def main():
         times=TIMES, bands=BANDS, steps=options.steps, batch=64, n=n, alpha=ALPHA,
         pixel_variance=VARIANCE, torch=torch.__version__, hardware=platform.processor() or
         platform.machine(), threads=torch.get_num_threads(), runs=runs,
-        smallest_loss=in_bands(smallest_loss()))
+        smallest_loss=in_bands(smallest_loss()),
+        width_bound={width: width_bound(width) for width in WIDTHS})
     path = Path("experiments/results/gaussian.json")
     save_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
     figure = draw(results)

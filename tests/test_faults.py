@@ -28,7 +28,8 @@ from PIL import Image
 
 import sample
 import train
-from train import FolderData, read_image, read_log
+from fid import read_image
+from train import FolderData, read_log
 
 STATE = "model", "ema", "optimizer", "tally"
 OFTEN = "--save-every 1 --sample-every 1000 --log-every 2"
@@ -191,7 +192,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(monkeypatch, tmp_path, capsy
     capsys.readouterr()
     run(monkeypatch, train, command, f"--out {tmp_path}/run")
     text = capsys.readouterr().out
-    assert f"warning: {newest} is " in text and "going back to the checkpoint before it" in text
+    assert f"warning: {newest} is " in text and "passed over" in text
     assert "resumed at step 3" in text
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -219,7 +220,7 @@ def test_sampling_passes_over_a_damaged_checkpoint_too(monkeypatch, trained, tmp
     (tmp_path / "run" / "ckpt-00000002.pt").write_bytes(b"PK half a file")
     run(monkeypatch, sample, f"--ckpt {tmp_path}/run --class 1 --num 1 --steps 1 --device cpu",
         f"--out {tmp_path}/s.png")
-    assert "going back to the checkpoint before it" in capsys.readouterr().out
+    assert "passed over" in capsys.readouterr().out
 
 
 # --- bad images ---------------------------------------------------------------------------------
@@ -394,6 +395,8 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
                      f"nan {bad} -- {TINY} {OFTEN} --keep 1 --steps 50 --out {tmp_path}")
     assert "10 updates in a row were not finite, the last at step 14: the loss for t in" in line
     assert f"last good checkpoint: {tmp_path}/ckpt-00000004.pt" in line
+    (tmp_path / "ckpt-00000099.pt").write_bytes(b"broken")
+    assert train.saved(tmp_path, 14) == tmp_path / "ckpt-00000004.pt"
     assert all(x.isfinite().all() for x in checkpoint(tmp_path)["model"].values())
 
 
@@ -466,17 +469,58 @@ def test_a_checkpoint_of_nonsense_is_a_clean_error(scratch, trained, draw):
 def test_any_bytes_in_a_half_done_export_are_a_clean_error(scratch, data):
     path = scratch / "00000000.npy"
     path.write_bytes(data)
-    for read in (sample.read_part, sample.read_recipe):
+    for read, *shape in ((sample.read_part, (1, 2, 2, 3)), (sample.read_recipe,)):
         try:
-            read(path)
+            read(path, *shape)
         except ValueError as error:
             assert str(path) in str(error) and "delete" in str(error)
 
 
-def test_an_array_of_pickles_is_refused(tmp_path):
-    np.save(tmp_path / "0.npy", np.array([{"a": 1}]), allow_pickle=True)
+@pytest.mark.parametrize("array", [
+    np.array([{"a": 1}]), np.zeros((2, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3)),
+], ids=["pickles", "too many images", "floats"])
+def test_a_part_of_an_export_that_is_not_what_it_should_be_is_refused(tmp_path, array):
+    """Forbids running its code, and an .npz whose header promises other images."""
+    np.save(tmp_path / "0.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match="0.npy is damaged"):
-        sample.read_part(tmp_path / "0.npy")
+        sample.read_part(tmp_path / "0.npy", (1, 2, 2, 3))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("optimizer", {"state": {}, "param_groups": 5}), ("optimizer", {"state": 3}),
+    ("tally", torch.zeros(2)), ("images", 7),
+])
+def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, key, value):
+    state = checkpoint(trained)
+    state[key] = value
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "ckpt-00000001.pt")
+    if value == {"state": {}, "param_groups": 5}:            # settings come from the options
+        run(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}/run")
+    else:
+        line = complaint(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}/run")
+        assert "does not fit" in line or "7 images there, 50000 here" in line
+
+
+def test_an_answer_of_the_system_is_no_bad_image(monkeypatch, album):
+    """Forbids a network disk's hiccup being taken for a broken file, and trained around."""
+    def busy(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train, "read_image", busy)
+    data = FolderData(album, 8)
+    with pytest.raises(OSError, match="Input/output error"):
+        data[0]
+    assert not data.bad.any()
+
+
+def test_what_rank_0_alone_finds_wrong_ends_all_ranks_in_the_same_line(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckpt-00000001.pt").write_bytes(b"broken")
+    process = launch("train.py", TINY, "--out run", processes=2, cwd=tmp_path)
+    errors = process.communicate()[1]
+    assert process.returncode == 1
+    assert errors.count("train.py: error: none of the 1 checkpoints in run is intact") == 2
 
 
 LOG = b"".join(json.dumps({"step": k, "loss": 0.5}).encode() + b"\n" for k in range(9))

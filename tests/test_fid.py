@@ -17,7 +17,7 @@ from PIL import Image
 
 import fid
 from experiments.distortions import random_weights
-from fid import (FolderImages, InceptionV3, Moments, NpzImages, Side, frechet_distance,
+from fid import (FolderImages, Moments, NpzImages, Side, frechet_distance,
                  inception_score, precision_recall, resize_tf1, squared_distances)
 
 
@@ -227,8 +227,9 @@ def test_half_precision_rounds_as_tensorflow_does():
     a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 45.26]])
     assert squared_distances(a, b, half=True).item() == 2056         # float16 has steps of 2 there
     assert squared_distances(a, b).item() == pytest.approx(9 + 45.26**2)
-    far = torch.tensor([[300.0, 0.0]])
-    assert squared_distances(a, far, half=True).item() == pytest.approx(297**2)
+    far = torch.tensor([[300.3, 0.0]])                           # 300.25 in float16
+    assert squared_distances(a, far, half=True).item() == pytest.approx(297.3**2)
+    assert squared_distances(a * 1e5, a, half=True).isfinite().all()
 
 
 # --- statistics of images -----------------------------------------------------------------------
@@ -359,10 +360,15 @@ def test_samples_sorted_by_class_are_noticed(weights):
                    fid.doubts(side, side, options, fid.WEIGHTS_SHA256))
 
 
-def test_grey_files_become_rgb(tmp_path):
-    Image.new("L", (8, 6), 77).save(tmp_path / "grey.png")
-    (batch,) = FolderImages(tmp_path).batches(4, 0, 1)
-    assert batch.shape == (1, 6, 8, 3) and (batch == 77).all()
+def test_grey_files_become_rgb_in_linked_folders_too(tmp_path):
+    (tmp_path / "there").mkdir()
+    Image.new("L", (8, 6), 77).save(tmp_path / "there" / "grey.png")
+    Image.fromarray(np.full((6, 8), 77 * 257, np.uint16)).save(tmp_path / "there" / "16.png")
+    (tmp_path / "there" / "._grey.png").write_bytes(b"what a Mac leaves behind")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "class").symlink_to(tmp_path / "there")
+    (batch,) = FolderImages(tmp_path / "here").batches(4, 0, 1)
+    assert batch.shape == (2, 6, 8, 3) and (batch == 77).all()
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -398,7 +404,7 @@ def bad_inputs(folder):
     ("grey.npz", "arr_0 is uint8 (3, 8, 8, 1); images are uint8"),
     ("part.npz", "has mu, not all of mu, sigma, mu_s, sigma_s"),
     ("pickle.npz", "images are uint8 (N, H, W, 3)"),
-    ("shape.npz", "are not (d,) and (d, d)"),
+    ("shape.npz", "has statistics of shapes"),
     ("text.npz", "is not a readable .npz (BadZipFile)"),
 ])
 def test_bad_input_is_one_line(monkeypatch, album, weights, tmp_path, name, answer):

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 import sample
 import train
 from dip import PRESETS, flow_matching_loss
-from train import (Examples, FolderData, ShapesData, TrainOptions, center_crop, learning_rate,
-                   positions, update_ema)
+from fid import center_crop
+from train import (Examples, FolderData, ShapesData, TrainOptions, learning_rate, positions,
+                   update_ema)
 
 
 # --- the embedded data --------------------------------------------------------------------------
