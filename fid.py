@@ -350,7 +350,7 @@ def read_image(path, crop=None):
     """uint8 (H, W, 3) of a file: grey, CMYK, palette or 16 bits, upright by its EXIF, and with
     `crop`, (crop, crop, 3).  Refuses what would need gigabytes.
 
-    A broken file may raise nearly anything; an OSError with an errno is not the file's fault.
+    A broken file may raise nearly anything.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

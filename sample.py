@@ -14,6 +14,7 @@ Picture i depends on (seed, i, class) alone, never on the batch size or the numb
 import argparse
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import typing
 import zipfile
 from dataclasses import dataclass
@@ -224,6 +226,12 @@ CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "tally
               "config": dict, "images": int, "classes": list, "names": list, "options": dict}
 
 
+def is_of_the_system(error):
+    """Whether reading failed for a reason that is not in the file, and may pass."""
+    passing = errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in passing
+
+
 def load_checkpoint(path, verify=False):
     """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it.
 
@@ -236,8 +244,8 @@ def load_checkpoint(path, verify=False):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
     except Exception as error:       # a hostile or broken file may fail anywhere inside the reader
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            raise                                            # not the file's fault
+        if is_of_the_system(error):
+            raise
         kind = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py, or not all of it is there "
                          f"({kind})") from None
@@ -441,6 +449,7 @@ def run_main(main):
             if not (dist.is_initialized() and re.search("[Cc]onnection (closed|reset)", line)):
                 raise
             line = "another process of this command has ended"
+        traceback.clear_frames(error.__traceback__)          # loader processes end with their frame
         sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)

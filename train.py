@@ -38,9 +38,9 @@ from tqdm import tqdm
 from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
                  logit_normal_time)
 from fid import ENDINGS, list_images, read_image
-from sample import (at_least, autocast, draw_grid, generate, load_checkpoint, newest_intact, option,
-                    parse_options, random_stream, run_main, save_atomically, start_processes,
-                    to_uint8)
+from sample import (at_least, autocast, draw_grid, generate, is_of_the_system, load_checkpoint,
+                    newest_intact, option, parse_options, random_stream, run_main, save_atomically,
+                    start_processes, to_uint8)
 
 # -------------------------------------------------------------------------------------------------
 # The embedded data: drawn, not downloaded.  A class is a shape that spans many patches, filled
@@ -172,8 +172,8 @@ class FolderData:
             try:
                 return read_image(self.files[i], self.size), self.labels[i]
             except Exception as error:
-                if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                    raise                                    # not the file's fault
+                if is_of_the_system(error):
+                    raise
                 if not self.bad[i]:
                     self.bad[i] = True
                     tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
@@ -437,10 +437,11 @@ def noted_signals():
             signal.signal(number, handler)
 
 
-def ignore_signals(worker):
-    """In a loader process: whoever is signalled along with its parent goes on serving it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def spare(worker):
+    """In a loader process: who is signalled along with its parent goes on serving it.  A second
+    SIGTERM is the parent's own, at its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def saved(out, step):
@@ -629,7 +630,7 @@ def load(options, data, processes, first_step):
     shares = positions(first_step, options.steps, options.batch_size, options.micro_batch,
                        processes.rank, processes.world)
     for batch in DataLoader(Examples(data, options.seed), batch_sampler=shares,
-                            num_workers=options.workers, worker_init_fn=ignore_signals,
+                            num_workers=options.workers, worker_init_fn=spare,
                             pin_memory=device.type == "cuda"):
         yield [x.to(device, non_blocking=True) for x in batch]
 

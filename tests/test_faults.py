@@ -86,7 +86,7 @@ def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, 
     """A pre-empted job, or Ctrl-C: between two checkpoints and two lines of the log."""
     command = f"{TINY} --steps 8 --sample-every 1000 --log-every 4 --out"
     run(monkeypatch, train, command, tmp_path / "whole")
-    honest, calls = train.update_ema, []
+    honest, calls, before = train.update_ema, [], signal.getsignal(number)
 
     def signalled(*arguments):
         calls.append(arguments)
@@ -100,7 +100,7 @@ def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, 
     assert code == 128 + number
     assert "stopped by a signal after step 3; the same command goes on" in capsys.readouterr().out
     assert checkpoint(tmp_path / "stopped")["step"] == 3
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == before
     run(monkeypatch, train, command, tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
@@ -500,6 +500,16 @@ def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, key
     else:
         line = complaint(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}/run")
         assert "does not fit" in line or "7 images there, 50000 here" in line
+
+
+def test_an_error_leaves_no_loader_process_behind(tmp_path, album):
+    """Forbids a command that says its line and then waits forever for its own workers."""
+    for k in range(4):
+        (album / "cats" / f"00{k}.png").write_bytes(b"")
+    process = launch("train.py", TINY, f"--data {album} --steps 200 --workers 2 --out run",
+                     cwd=tmp_path)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "more than 1 %" in errors.splitlines()[-1]
 
 
 def test_an_answer_of_the_system_is_no_bad_image(monkeypatch, album):

@@ -351,7 +351,7 @@ def test_samples_sorted_by_class_are_noticed(weights):
     side = Side.__new__(Side)
     side.probs = torch.eye(4).repeat_interleave(2500, dim=0) * 0.9 + 0.025
     side.n, side.images = 10_000, range(10_000)
-    options = type("Options", (), {"crop": None})
+    options = type("Options", (), {"crop": None, "pr_dtype": "half"})
     side.images = type("Images", (), {"size": (8, 8), "__len__": lambda self: 10_000})()
     assert any("seem sorted by class" in line
                for line in fid.doubts(side, side, options, fid.WEIGHTS_SHA256))
@@ -396,7 +396,7 @@ def bad_inputs(folder):
 @pytest.mark.parametrize("name, answer", [
     ("nothing", "no file or folder at"),
     ("empty", "holds no images"),
-    ("one", "holds one image; a covariance needs two"),
+    ("one", "holds 1 image; a covariance needs two"),
     ("mixed", "are of different sizes, 9 x 8 and 8 x 8; --crop SIZE makes them one"),
     ("broken", "0.png: unreadable image"),
     ("key.npz", "has neither arr_0 nor mu; it has images"),

@@ -158,8 +158,8 @@ def limit_of_noise():
     worst = max(relative(m.dit_operator, m.dip_operator) for m in cases(times=(0.98,)))
     return Row("Remark A.7, t -> 1", "DiT applies negligible corrections at high frequency",
                "exact operators at t = 0.98",
-               f"DiT's are {min(shares):.4f} to {max(shares):.4f} of 1/t, and it differs from DiP's "
-               f"by at most {worst:.0e}", FALSE)
+               f"DiT's are {min(shares):.4f} to {max(shares):.4f} of 1/t, and it differs from "
+               f"DiP's by at most {worst:.0e}", FALSE)
 
 
 def limit_of_data():
