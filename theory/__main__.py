@@ -104,17 +104,18 @@ def draw_worth():
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for t, colour in ((0.1, ORANGE), (0.5, BLUE), (0.9, GREEN)):         # data, middle, noise
         left.plot(lam, t * gain(lam, t), color=colour, linewidth=2, label=f"t = {t}")
-        right.plot(lam, value_unseen(lam, t), color=colour, linewidth=2, label=f"t = {t}: unseen")
-        right.plot(lam, value_passed_on(lam, t), color=colour, linewidth=2, linestyle=":",
-                   label=f"t = {t}: passed on")
+        right.plot(lam, value_unseen(lam, t), color=colour, linewidth=2)
+        right.plot(lam, value_passed_on(lam, t), color=colour, linewidth=2, linestyle=":")
+    right.plot([], [], color=GREY, label="unseen")
+    right.plot([], [], color=GREY, linestyle=":", label="unseen, but noisy pixels passed on")
     left.axhline(1, color=GREY, linewidth=1)
     left.text(1e-5, 1.06, "copy the noisy input, over t", color=GREY, size=8)
     left.set(xscale="log", xlabel="eigenvalue: low variance is high frequency",
              ylabel="t times the gain of Eq. (16)", ylim=(-1, 1.3))
-    right.set(xscale="log", yscale="log", ylim=(1e-4, 1e3), xlabel="eigenvalue",
+    right.set(xscale="log", yscale="log", ylim=(1e-4, 1e2), xlabel="eigenvalue",
               ylabel="loss added by not seeing it")
     left.legend(fontsize=8)
-    right.legend(fontsize=7, ncols=3, loc="upper center")
+    right.legend(fontsize=8, loc="upper left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save(figure, "worth")
