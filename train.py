@@ -606,11 +606,11 @@ def report_skipped(out, step, skipped, losses, processes):
                                  f"try a lower --lr")
 
 
-def begin(options, config, data, processes):
+def begin(options, config, data, processes, build):
     """Model, its average and optimizer, steps done and unlogged losses: new, or from --out."""
     out, rank, device = Path(options.out), processes.rank, processes.device
     torch.manual_seed(options.seed)                          # the same weights on every rank
-    model = DiP(config).to(device)
+    model = build(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
     first_step, tally = 0, torch.zeros(3, TIME_BINS)
@@ -635,13 +635,14 @@ def load(options, data, processes, first_step):
         yield [x.to(device, non_blocking=True) for x in batch]
 
 
-def fit(options, config, data, val_data, processes, encoder=None, signals=()):
+def fit(options, config, data, val_data, processes, encoder=None, signals=(), build=DiP, look=show):
     """Train from the newest checkpoint in --out, if any, to --steps, or until there is a signal.
 
-    Returns the averaged model and the number of steps it has been trained for.
+    build(config) makes the fresh model; look(out, step, ema, data, val_data, seed) is what happens
+    every --sample-every steps.  Returns the averaged model and the steps it has been trained for.
     """
     out, rank, world, device = Path(options.out), processes.rank, processes.world, processes.device
-    model, ema, optimizer, first_step, tally = begin(options, config, data, processes)
+    model, ema, optimizer, first_step, tally = begin(options, config, data, processes, build)
     if options.grad_checkpoint:
         checkpoint_activations(model)
     net = torch.compile(model) if options.compile else model
@@ -678,8 +679,8 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=()):
         seconds.append(time.time() - start)
 
         done, last, stop = step + 1, step + 1 == options.steps, processes.any(signals)
-        log, look, save = (last or done % every == 0 for every in
-                           (options.log_every, options.sample_every, options.save_every))
+        log, sample, save = (last or done % every == 0 for every in
+                             (options.log_every, options.sample_every, options.save_every))
         save = last or (save or stop) and not skipped        # none but the last in a bad stretch
         if log or save:
             tally = processes.reduce(tally) * (rank == 0)    # rank 0 keeps what all have seen
@@ -691,8 +692,8 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=()):
                       grad_norm=None if skipped else norm.item())
             progress.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
             tally, seconds = torch.zeros_like(tally), []
-        if rank == 0 and look:
-            show(out, done, ema, data, val_data, options.seed)
+        if rank == 0 and sample:
+            look(out, done, ema, data, val_data, options.seed)
         if rank == 0 and save:
             write_checkpoint(
                 out, options.keep, model=model.state_dict(), ema=ema.state_dict(),

@@ -1,1 +1,1 @@
-"""Experiments at laptop scale, one file each: `python -m experiments.NAME --help`."""
+"""Experiments at laptop scale, one file each: `python -m experiments` prints what they found."""

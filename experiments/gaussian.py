@@ -2,7 +2,6 @@
 Do networks behave like the Gaussian model of Appendix A?  (theory/README.md has the theory.)
 
     python -m experiments.gaussian              # 12 runs, about 25 minutes on 2 cores; resumes
-    python -m experiments.gaussian --quick      # a smoke run
 
 Images are drawn exactly from Assumptions A.3 and A.4, in the basis of the two-dimensional DCT, so
 the optimal velocity is known in closed form: coefficient by coefficient, Eq. (16).  A DiT-only and
@@ -11,24 +10,20 @@ from three seeds.  What is measured is the excess of their loss over the smalles
 frequency and by t.  Writes experiments/results/gaussian.json and assets/gaussian.png.
 """
 
-import json
-import platform
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-import matplotlib
 import numpy as np
 import scipy.fft
 import torch
 
 from dip import DiPConfig
-from sample import (load_model, option, parse_options, random_stream, run_main, save_atomically,
-                    start_processes)
-from train import TrainOptions, fit
+from experiments.harness import COLOURS, Claim, conduct, smaller, told
+from sample import random_stream, run_main
 
 SIZE, ALPHA, VARIANCE = 16, 1.5, 0.25        # pixels a side; decay; variance of a pixel
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-WIDTHS, SEEDS = (32, 96), (0, 1, 2)
+WIDTHS, STEPS = (32, 96), 1500
+TRAINING = dict(batch_size=64, micro_batch=64, lr=1e-3, warmup=100, label_dropout=0.0)
 BANDS = (0, 1, 4, 16, 64, 128, 256)          # borders of the bands, in the order of frequency
 MODELS = "DiT-only", "DiP"
 
@@ -111,33 +106,46 @@ def in_bands(x):
     return [[float(row[a:b].mean()) for a, b in zip(BANDS, BANDS[1:])] for row in x]
 
 
-@dataclass
-class Options:
-    steps: int = option(1500, "updates of 64 images")
-    runs: str = option("runs/gaussian", "folder of the runs", metavar="DIR")
-    quick: bool = option(False, "one seed, 20 steps; draws nothing, writes no results")
+def measure(lab):
+    rows, n = [], 32 if lab.options.quick else 1000
+    for width in WIDTHS:
+        for kind in MODELS:
+            head = dict(head="unet", head_width=16, head_depth=2) if kind == "DiP" else dict(
+                head="none")
+            config = DiPConfig(image_size=SIZE, patch_size=4, hidden_size=width, depth=4,
+                               num_heads=4, num_classes=1, **head)
+            for seed in lab.seeds:
+                model = lab.train(config, seed, lab.steps(STEPS), data=GaussianData(),
+                                  **TRAINING)[0].cpu()
+                weights = sum(p.numel() for p in model.parameters())
+                found = excess(model, n)
+                rows.append(dict(model=kind, width=width, seed=seed, parameters=weights,
+                                 excess=in_bands(found), total=found.mean(axis=(1, 2)).tolist()))
+                print(f"{kind:<9} tokens of {width:<3} seed {seed}: excess by t "
+                      + " ".join(f"{x:.4f}" for x in rows[-1]["total"]), flush=True)
+    return dict(
+        times=TIMES, bands=BANDS, training=TRAINING, n=n, alpha=ALPHA, pixel_variance=VARIANCE,
+        rows=rows, smallest_loss=in_bands(smallest_loss()),
+        width_bound={str(width): width_bound(width) for width in WIDTHS})
 
 
-def train(kind, width, seed, options, processes):
-    """The averaged weights of one run."""
-    out = f"{options.runs}/{kind}-{width}-{seed}-{options.steps}"
-    last = Path(out, f"ckpt-{options.steps:08d}.pt")
-    if last.exists():
-        return load_model(last, processes.device)[0]
-    head = dict(head="unet", head_width=16, head_depth=2) if kind == "DiP" else dict(head="none")
-    config = DiPConfig(image_size=SIZE, patch_size=4, hidden_size=width, depth=4, num_heads=4,
-                       num_classes=1, **head)
-    settings = TrainOptions(
-        model=kind, image_size=SIZE, steps=options.steps, batch_size=64, micro_batch=64, lr=1e-3,
-        warmup=100, cooldown=0.3, time_mean=0.0, label_dropout=0.0, seed=seed, workers=0, keep=1,
-        sample_every=options.steps, save_every=max(1, options.steps // 4),
-        out=out)
-    return fit(settings, config, GaussianData(), None, processes)[0]
+def claims(results):
+    """Appendix A: what the head is said to do, where t is not small and where it is."""
+    found = []
+    for width, regime in zip(WIDTHS, ("narrow", "wide")):
+        for t in (0.9, 0.5, 0.1):
+            k = TIMES.index(t)
+            dit, dip = ([row["total"][k] for row in results["rows"]
+                         if (row["model"], row["width"]) == (kind, width)] for kind in MODELS)
+            found.append(Claim(
+                f"a DiP is nearer to the optimal velocity than a DiT-only at t = {t} "
+                f"({regime}, Gaussian images)", "App. A", "a theorem",
+                f"excess {told(dip)} against {told(dit)}", smaller(dip, dit)))
+    return found
 
 
-def draw(results):
+def draw(results, lab):
     """Excess by frequency: a row for each width, a column for some times."""
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     columns = [TIMES.index(t) for t in (0.1, 0.5, 0.9)]
     figure, panels = plt.subplots(len(WIDTHS), len(columns), figsize=(9, 5), sharex=True,
@@ -145,8 +153,8 @@ def draw(results):
     names = [f"{a + 1}-{b}" if b > a + 1 else str(b) for a, b in zip(BANDS, BANDS[1:])]
     for row, width in zip(panels, WIDTHS):
         for axes, k in zip(row, columns):
-            for kind, colour, marker in (("DiT-only", "#D55E00", "s"), ("DiP", "#0072B2", "o")):
-                runs = np.array([r["excess"] for r in results["runs"]
+            for kind, colour, marker in zip(MODELS, (COLOURS[1], COLOURS[0]), "so"):
+                runs = np.array([r["excess"] for r in results["rows"]
                                  if (r["model"], r["width"]) == (kind, width)])[:, k]
                 axes.plot(names, runs.mean(0), color=colour, marker=marker, label=kind)
                 axes.fill_between(names, runs.min(0), runs.max(0), color=colour, alpha=0.25)
@@ -162,37 +170,5 @@ def draw(results):
     return figure
 
 
-def main():
-    options = parse_options(Options, __doc__)
-    seeds = SEEDS[:1] if options.quick else SEEDS
-    options.steps = 20 if options.quick else options.steps
-    processes, n = start_processes("cpu"), 32 if options.quick else 1000
-    runs = []
-    for width in WIDTHS:
-        for kind in MODELS:
-            for seed in seeds:
-                model = train(kind, width, seed, options, processes)
-                weights = sum(p.numel() for p in model.parameters())
-                found = excess(model, n)
-                runs.append(dict(model=kind, width=width, seed=seed, parameters=weights,
-                                 excess=in_bands(found), total=found.mean(axis=(1, 2)).tolist()))
-                print(f"{kind:<9} tokens of {width:<3} seed {seed}: excess by t "
-                      + " ".join(f"{x:.4f}" for x in runs[-1]["total"]), flush=True)
-    if options.quick:
-        return
-    results = dict(
-        times=TIMES, bands=BANDS, steps=options.steps, batch=64, n=n, alpha=ALPHA,
-        pixel_variance=VARIANCE, torch=torch.__version__, hardware=platform.processor() or
-        platform.machine(), threads=torch.get_num_threads(), runs=runs,
-        smallest_loss=in_bands(smallest_loss()),
-        width_bound={width: width_bound(width) for width in WIDTHS})
-    path = Path("experiments/results/gaussian.json")
-    save_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
-    figure = draw(results)
-    save_atomically("assets/gaussian.png",
-                    lambda partial: figure.savefig(partial, format="png", dpi=120))
-    print(f"wrote {path} and assets/gaussian.png")
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(partial(conduct, "gaussian"))

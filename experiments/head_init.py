@@ -1,102 +1,77 @@
 """
-How the U-Net head is initialised decides early training: pooling, last layer, and kind of weights.
+How the U-Net head is initialised: pooling, last layer, and kind of weights.
 
-    python -m experiments.head_init          # embedded shapes
-    python -m experiments.head_init --data IMAGES   # an image folder with train/ and val/
+    python -m experiments.head_init     # embedded shapes
 
-Small models (patch 8, D = 128, 6 blocks) are trained alike from three seeds; printed is the flow
-matching loss of the last weights on the same validation images and noise, mean and range.
+The same models from the same seeds, but for the weights that the head begins with (and its
+pooling).  Ours: He-normal everywhere, the last layer too, max pooling.
 """
 
-import statistics
-from dataclasses import dataclass
+from functools import partial
 
-import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from dip import DiP, DiPConfig, flow_matching_loss, logit_normal_time
-from sample import option, parse_options, run_main
-from train import Examples, mean_losses, open_data, positions, validate
-
-BASE = DiPConfig(
-    image_size=32,
-    patch_size=8,
-    hidden_size=128,
-    depth=6,
-    num_heads=4,
-    num_classes=10,
-    head_width=16,
-    head_depth=3,
-)
+from dip import DiP
+from experiments.harness import REGIMES, Claim, better, conduct, draw_dots
+from sample import run_main
 
 
-def head_with(pool, zero_last=False, redraw=False):
-    """A change to a fresh model: its pooling, its last layer zeroed, its convolutions drawn anew
-    as PyTorch does by default."""
-    def change(model):
-        head = model.last.head
-        head.pool = pool(2)
-        if redraw:
-            for module in head.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.reset_parameters()
-        if zero_last:
-            nn.init.zeros_(head.out.weight)
-    return change
+class AveragePooling(DiP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.last.head.pool = nn.AvgPool2d(2)
 
 
-VARIANTS = {
-    "max pooling, He everywhere": (BASE, head_with(nn.MaxPool2d)),
-    "average pooling, He everywhere": (BASE, head_with(nn.AvgPool2d)),
-    "max pooling, He, last layer 0": (BASE, head_with(nn.MaxPool2d, zero_last=True)),
-    "average pooling, He, last layer 0": (BASE, head_with(nn.AvgPool2d, zero_last=True)),
-    "max pooling, PyTorch's default": (BASE, head_with(nn.MaxPool2d, redraw=True)),
-    "max pooling, He, predicts x": (BASE.replace(prediction="x"), head_with(nn.MaxPool2d)),
-    "no head (DiT-only)": (BASE.replace(head="none"), lambda model: None),
-}
+class LastLayerZero(DiP):
+    def initialize_weights(self):
+        super().initialize_weights()
+        nn.init.zeros_(self.last.head.out.weight)
 
 
-@dataclass
-class Options:
-    data: str | None = option(None, "image folder with train/ and val/ [embedded]", metavar="DIR")
-    steps: int = option(500, "updates of 32 images")
-    lr: float = option(5e-4, "AdamW's learning rate")
-    seeds: int = option(3, "runs of each variant")
+class PyTorchDefault(DiP):
+    def initialize_weights(self):
+        super().initialize_weights()
+        for module in self.last.head.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
 
 
-def final_loss(config, change, data, val_data, options, seed):
-    torch.manual_seed(seed)
-    model = DiP(config)
-    change(model)
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0)
-    batches = DataLoader(Examples(data, seed),
-                         batch_sampler=list(positions(0, options.steps, 32, 32, 0, 1)))
-    for x_0, y, noise, z, _ in tqdm(batches, leave=False, unit="step"):
-        flow_matching_loss(model, x_0, y, logit_normal_time(z), noise)[0].mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    losses = validate(model, Examples(val_data, 0, "val"), torch.device("cpu"))
-    return mean_losses(losses)["loss"]
+class PyTorchDefaultLastLayerZero(PyTorchDefault, LastLayerZero):
+    def initialize_weights(self):
+        super().initialize_weights()
+        nn.init.zeros_(self.last.head.out.weight)
 
 
-def main():
-    options = parse_options(Options, __doc__)
-    data, val_data = open_data(options.data, BASE.image_size)
-    if val_data is None:
-        raise ValueError(f"--data {options.data} has no val/ with the classes of its train/")
-    print(f"{options.data or 'embedded shapes'} at 32 x 32, {options.steps} steps of 32, "
-          f"lr {options.lr:g}, {options.seeds} seeds; validation loss, "
-          f"n = {min(500, len(val_data))}", flush=True)
-    for name, (config, change) in VARIANTS.items():
-        config = config.replace(num_classes=len(data.classes))
-        losses = [final_loss(config, change, data, val_data, options, seed)
-                  for seed in range(options.seeds)]
-        print(f"{name:<34} {statistics.mean(losses):.4f}   "
-              f"({min(losses):.4f} to {max(losses):.4f})", flush=True)
+VARIANTS = {"He-normal (ours)": DiP, "He-normal, average pooling": AveragePooling,
+            "He-normal, last layer 0": LastLayerZero, "PyTorch's default": PyTorchDefault,
+            "PyTorch's default, last layer 0": PyTorchDefaultLastLayerZero}
+
+
+def measure(lab):
+    rows = lab.rows({"no head": REGIMES["narrow"].replace(head="none")})
+    for name, build in VARIANTS.items():
+        rows += lab.rows({name: REGIMES["narrow"]}, build)
+    return dict(rows=rows)
+
+
+def claims(results):
+    rows, ours, found = results["rows"], "He-normal (ours)", []
+    for claim, a, b in (
+        ("He-normal weights are better than PyTorch's default", ours, "PyTorch's default"),
+        ("a last layer that starts He-normal is better than one that starts at 0", ours,
+         "He-normal, last layer 0"),
+        ("max pooling is better than average pooling", ours, "He-normal, average pooling"),
+        ("PyTorch's default with a last layer of 0 is still better than no head",
+         "PyTorch's default, last layer 0", "no head"),
+    ):
+        text, verdict = better(rows, a, b)
+        found.append(Claim(f"U-Net head: {claim} (narrow, shapes)", "-", "-", text, verdict))
+    return found
+
+
+def draw(results, lab):
+    return draw_dots(results)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(partial(conduct, "head_init"))

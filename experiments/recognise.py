@@ -26,22 +26,20 @@ def as_input(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_classifier(size, steps=300, batch=64, seed=0):
-    """A four-layer CNN on embedded images with a little noise on them, so that it does not hang on
-    pixel-perfect edges.  Returns (classifier, accuracy on 1000 held-out images)."""
+def train_classifier(data, held_out, classes=10, steps=300, batch=64, seed=0):
+    """A four-layer CNN on images with a little noise on them, so that it does not hang on
+    pixel-perfect edges.  Returns (classifier, accuracy on the held-out images)."""
     torch.manual_seed(seed)
     widths = [3, 16, 32, 64, 64]
     layers = []
     for i, o in zip(widths, widths[1:]):
         layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(4 * 64, 10)).to(
-        memory_format=torch.channels_last
-    )
-    data, held_out = ShapesData(size, first=2 * 10**6), ShapesData(size, 1000, first=3 * 10**6)
+    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Flatten(),
+                        nn.Linear(4 * 64, classes)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     for step in tqdm(range(steps), "classifier", unit="step"):
         indices = range(step * batch, (step + 1) * batch)
-        images, labels = zip(*(data[i] for i in indices))
+        images, labels = zip(*(data[i % len(data)] for i in indices))
         x = as_input(np.stack(images))
         x = x + 0.1 * torch.rand(()) * torch.randn_like(x)
         loss = F.cross_entropy(net(x), torch.tensor(labels))
@@ -50,7 +48,7 @@ def train_classifier(size, steps=300, batch=64, seed=0):
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
     net.eval()
-    images, truth = zip(*(held_out[i] for i in range(1000)))
+    images, truth = zip(*(held_out[i] for i in range(len(held_out))))
     return net, float((predict(net, np.stack(images)) == np.array(truth)).mean())
 
 
@@ -79,7 +77,9 @@ def main():
     model, state = load_model(path, device)
     if state["classes"] != ShapesData.classes:
         raise ValueError(f"{path} was not trained on the embedded shapes")
-    net, held_out = train_classifier(model.config.image_size, seed=options.seed)
+    size = model.config.image_size
+    net, held_out = train_classifier(ShapesData(size, first=2 * 10**6),
+                                     ShapesData(size, 1000, first=3 * 10**6), seed=options.seed)
     labels, images = np.arange(options.num) % 10, []
     for part in tqdm(np.array_split(labels, max(1, options.num // 50)), "sampling", unit="batch"):
         start = sum(map(len, images))

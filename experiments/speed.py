@@ -36,9 +36,8 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda, mps")
 
 
-def prepare(name, recompute, options, device):
-    """A function that runs one pass of a preset and returns its seconds."""
-    config = PRESETS[name]
+def prepare(config, recompute, options, device):
+    """A function that runs one pass of a model and returns its seconds."""
     torch.manual_seed(0)
     model = DiP(config).to(device)
     if recompute:
@@ -63,13 +62,28 @@ def prepare(name, recompute, options, device):
     return one_pass
 
 
-def peak_memory(name, recompute, options, device):
-    """Peak memory of one pass of a preset, in bytes; to be called in a process of its own."""
-    prepare(name, recompute, options, device)()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def memory_of_one_pass(config, recompute, options, device):
+    """(before, at its peak) in bytes, of one pass of a model, here and now."""
+    def used():
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    one_pass, before = prepare(config, recompute, options, device), used()
+    one_pass()
+    return before, used()
+
+
+def peak_memory(*arguments):
+    """memory_of_one_pass in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(memory_of_one_pass, *arguments).result()
+
+
+def take_turns(passes, repeat):
+    """The seconds of every pass in every turn, but for the first turn, which warms up."""
+    return [[one_pass() for one_pass in passes] for _ in range(repeat)][1:]
 
 
 def main():
@@ -78,17 +92,14 @@ def main():
         check_choice("--presets", name, PRESETS)
     at_least(2, repeat=options.repeat)
     device = start_processes(options.device).device
-    memory = []
-    pair = list(zip(options.presets, (False, options.grad_checkpoint)))
-    for model in pair:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            memory.append(process.submit(peak_memory, *model, options, device).result())
-    passes = [prepare(*model, options, device) for model in pair]
-    times = [[one_pass() for one_pass in passes] for _ in range(options.repeat)][1:]
+    pair = [(PRESETS[name], recompute)
+            for name, recompute in zip(options.presets, (False, options.grad_checkpoint))]
+    memory = [peak_memory(*model, options, device)[1] for model in pair]
+    times = take_turns([prepare(*model, options, device) for model in pair], options.repeat)
     what = "forward + backward" if options.train else "forward"
     print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, "
           f"n = {len(times)} after 1 warm-up")
-    for (name, recompute), seconds, peak in zip(pair, zip(*times), memory):
+    for name, (_, recompute), seconds, peak in zip(options.presets, pair, zip(*times), memory):
         print(f"{name + ' recomputed' * recompute:<22} median {statistics.median(seconds):7.3f} s  "
               f"(min {min(seconds):.3f}, max {max(seconds):.3f})   "
               f"peak memory {peak / 2**30:.2f} GiB")

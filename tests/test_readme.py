@@ -1,4 +1,4 @@
-"""Chapter 7: the README tells the truth."""
+"""Chapter 11: the README tells the truth."""
 
 import re
 import shlex

@@ -1,0 +1,473 @@
+"""
+What the experiments share: train alike, measure alike, write down, judge.
+
+Every model is trained by train.fit from the same images, noise and times in the same order, which
+are functions of the seed alone, with the same optimizer; only what an experiment is about differs.
+Finished runs stay in --runs under a name made of all they depend on: experiments share them, and
+an interrupted experiment goes on where it was.  What is measured, on the averaged weights, needs
+no download:
+
+    loss       flow matching loss, Eq. (5), on fixed held-out images, times and noise
+    loss_by_t  the same in tenths of t
+    spectrum   samples against held-out images: mean distance of their radially averaged power
+               spectra, in dB;  high: the same over the upper half of the frequencies
+    frechet    Frechet distance of samples to held-out images, in 64 features of a small classifier
+    named      share of the samples which that classifier names as the class asked for
+    seam       mean step between neighbouring pixels across patch borders over that inside patches,
+               in samples, over the same in held-out images: 1 is right, more is a visible seam
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.pyplot
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+import fid
+from dip import DiP, DiPConfig, cost
+from experiments.recognise import as_input, predict, train_classifier
+from sample import (at_least, generate, load_checkpoint, option, parse_options, save_atomically,
+                    start_processes, to_uint8)
+from train import Examples, ShapesData, TrainOptions, fit, mean_losses, open_data, validate
+
+# -------------------------------------------------------------------------------------------------
+# What is common to all models, and the two regimes: a token narrower than the 192 numbers of its
+# patch cannot even carry the noise through, a wider one can, as the paper's (1152 > 768)
+
+BASE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
+                 head_width=16, head_depth=3)
+REGIMES = {"narrow": BASE.replace(hidden_size=96), "wide": BASE}
+STEPS = 500
+TRAINING = dict(batch_size=16, micro_batch=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.0,
+                workers=0, keep=1)
+SAMPLING = dict(sampler="ab2", steps=20)     # without guidance
+
+
+@dataclass
+class Options:
+    data: str | None = option(None, "image folder with train/ and val/ [embedded shapes]",
+                              metavar="DIR")
+    seeds: int = option(3, "runs of each model, of the seeds 0, 1, ...")
+    steps: int | None = option(None, "updates of 16 images [500, or the experiment's own]")
+    num: int = option(300, "samples that are measured, and held-out images they are held against")
+    inception: str | None = option(None, "weights of Inception: adds FID to the measures",
+                                   metavar="FILE")
+    runs: str = option("runs/experiments", "folder of the runs", metavar="DIR")
+    results: str = option("experiments/results", "folder of the figures", metavar="DIR")
+    pictures: str = option("assets", "folder of the pictures", metavar="DIR")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    quick: bool = option(False, "a smoke run of seconds, in a temporary folder")
+
+
+# -------------------------------------------------------------------------------------------------
+# Measures of images: uint8 (n, H, W, 3)
+
+
+def power_spectrum(images):
+    """Radially averaged power, per pixel and channel, at 1 to H/2 cycles an image.  -> (H/2,)"""
+    x = np.asarray(images, dtype=np.float64) / 127.5 - 1
+    H, W = x.shape[1:3]
+    power = (np.abs(np.fft.fft2(x, axes=(1, 2))) ** 2).mean(axis=(0, 3)) / (H * W)
+    down, across = np.fft.fftfreq(H) * H, np.fft.fftfreq(W) * W
+    radius = np.hypot(down[:, None], across * H / W).round().astype(int).ravel()
+    sums, counts = np.bincount(radius, power.ravel()), np.bincount(radius)
+    return sums[1:H // 2 + 1] / counts[1:H // 2 + 1]
+
+
+def seam_contrast(images, P):
+    """Mean |step| between neighbours across patch borders over the mean |step| inside patches."""
+    x = np.asarray(images, dtype=np.float64)
+    across = inside = 0.0
+    for axis in (1, 2):
+        steps = np.abs(np.diff(x, axis=axis)).mean(axis=(0, 3 - axis, 3))      # by position
+        border = np.arange(1, x.shape[axis]) % P == 0
+        across, inside = across + steps[border].mean(), inside + steps[~border].mean()
+    return across / inside
+
+
+def moments(features):
+    """mean (d,), covariance (d, d) of features (n, d)"""
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+@torch.no_grad()
+def features(net, images):
+    """What the classifier sees: its last maps, averaged.  uint8 (n, H, W, 3) -> (n, 64)"""
+    maps = (net[:-3](as_input(part)) for part in np.array_split(images, 10) if len(part))
+    return torch.cat([m.mean(dim=(2, 3)) for m in maps]).double().numpy()
+
+
+def inception_side(net, images, device):
+    """The images, seen by Inception: a side of fid.compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "images.npz")
+        np.savez(path, arr_0=images)
+        side = fid.Side(path)
+        side.measure(net, 50, device)
+    return side
+
+
+# -------------------------------------------------------------------------------------------------
+# The laboratory: data, yardsticks, training
+
+
+class Cached:
+    """A data set whose images are read once."""
+
+    def __init__(self, data):
+        self.data, self.read = data, {}
+        self.classes, self.names, self.flip, self.bad = (data.classes, data.names, data.flip,
+                                                         data.bad)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index not in self.read:
+            self.read[index] = self.data[index]
+        return self.read[index]
+
+
+def look_away(*_):
+    """No pictures during a training."""
+
+
+class Lab:
+    """What one experiment works with."""
+
+    def __init__(self, options, size=None):
+        self.options, self.size = options, size or BASE.image_size
+        self.processes = start_processes(options.device)
+        self.device = self.processes.device
+
+    @property
+    def seeds(self):
+        return range(self.options.seeds)
+
+    def steps(self, default=STEPS):
+        """How long to train, unless the command line says otherwise."""
+        return 2 if self.options.quick else self.options.steps or default
+
+    @cached_property
+    def data(self):
+        """(training set, validation set)"""
+        data, val_data = open_data(self.options.data, self.size)
+        if val_data is None:
+            raise ValueError(f"--data {self.options.data} has no val/ with the classes of train/")
+        return (data, val_data) if self.options.data is None else (Cached(data), Cached(val_data))
+
+    @cached_property
+    def real(self):
+        """uint8 (n, H, W, 3): held-out images, in a random order that is always the same."""
+        data = self.data[1]
+        order = np.random.default_rng(0).permutation(len(data))[:self.options.num]
+        return np.stack([data[int(i)][0] for i in order])
+
+    @cached_property
+    def classifier(self):
+        """(network, its accuracy on held-out images): the eyes of `frechet` and `named`."""
+        if self.options.data is None:
+            data, held_out = ShapesData(self.size, first=2 * 10**6), ShapesData(
+                self.size, 1000, first=3 * 10**6)
+            steps = 300
+        else:
+            order = np.random.default_rng(1).permutation(len(self.data[0])).tolist()
+            data, held_out, steps = Subset(self.data[0], order), self.data[1], 600
+        return train_classifier(data, held_out, len(self.data[0].classes),
+                                2 if self.options.quick else steps)
+
+    @cached_property
+    def yardstick(self):
+        """What samples are held against: moments of features, log spectrum, by Inception too."""
+        net = self.classifier[0]
+        inception = None
+        if self.options.inception:
+            network = fid.load_inception(self.options.inception, True)[0].to(self.device)
+            inception = network, inception_side(network, self.real, self.device)
+        return (moments(features(net, self.real)), np.log10(power_spectrum(self.real)), inception)
+
+    def folder(self, config, seed, steps, build, training):
+        """Where a run lives: a name made of everything it depends on."""
+        data = self.options.data and str(Path(self.options.data).resolve())
+        key = json.dumps([dataclasses.asdict(config), seed, steps, build.__name__, data, training])
+        digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
+        name = f"{config.head}-{config.hidden_size}-{build.__name__}-{seed}-{digest}"
+        return Path(self.options.runs, name)
+
+    def train(self, config, seed, steps=None, build=DiP, data=None, look=look_away, every=None,
+              **changes):
+        """(averaged model in eval mode, seconds spent in steps, folder of the run); data, if not
+        the experiment's; look and every as --sample-every of train.fit; changes to TRAINING."""
+        steps, training = steps or self.steps(), TRAINING | changes
+        if self.options.quick:
+            training |= dict(batch_size=2, micro_batch=2)
+        out = self.folder(config, seed, steps, build, training)
+        last = out / f"ckpt-{steps:08d}.pt"
+        if not last.exists():
+            settings = TrainOptions(
+                model=config.head, image_size=config.image_size, steps=steps, seed=seed,
+                log_every=50, sample_every=every or steps, save_every=max(1, steps // 2),
+                out=str(out), **training)
+            fit(settings, config, *((data, None) if data else self.data), self.processes,
+                build=build, look=look)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        logged = [(line["step"], line["images_per_s"]) for line in lines if "images_per_s" in line]
+        seconds = sum((step - before) * training["batch_size"] / speed
+                      for (before, _), (step, speed) in pairwise([(0, 0), *logged]))
+        model = build(config).to(self.device).eval().requires_grad_(False)
+        model.load_state_dict(load_checkpoint(last)["ema"])
+        return model, seconds, out
+
+    def sample(self, model, num=None, **settings):
+        """uint8 (n, H, W, 3), class i mod K"""
+        num = num or self.options.num
+        settings = SAMPLING | settings | ({"steps": 2} if self.options.quick else {})
+        parts = [range(start, min(start + 100, num)) for start in range(0, num, 100)]
+        return np.concatenate([
+            to_uint8(generate(model, [i % model.config.num_classes for i in part], part, 0,
+                              **settings)) for part in tqdm(parts, "sampling", leave=False)])
+
+    def judge(self, images, P):
+        """Every measure of a set of samples."""
+        net, (real, spectrum, inception) = self.classifier[0], self.yardstick
+        decibel = 10 * (np.log10(power_spectrum(images)) - spectrum)
+        labels = np.arange(len(images)) % len(self.data[0].classes)
+        found = dict(
+            frechet=fid.frechet_distance(*real, *moments(features(net, images))),
+            named=float((predict(net, images) == labels).mean()),
+            spectrum=float(np.abs(decibel).mean()),
+            high=float(np.abs(decibel[len(decibel) // 2:]).mean()),
+            seam=float(seam_contrast(images, P) / seam_contrast(self.real, P)),
+            decibel=[round(float(x), 3) for x in decibel])
+        if inception:
+            found |= fid.compare(inception[1], inception_side(inception[0], images, self.device))
+        return found
+
+    def row(self, name, config, seed, steps=None, build=DiP, sampled=True, **fields):
+        """Train a model, or find it trained, and measure everything: one row of the results."""
+        model, seconds, out = self.train(config, seed, steps, build)
+        path = out / f"measures-{self.options.num}-{'all' if sampled else 'loss'}.json"
+        if not path.exists():
+            tally = validate(model, Examples(self.data[1], 0, "val"), self.device,
+                             limit=20 if self.options.quick else 500)
+            parameters, flops = cost(config)
+            found = dict(parameters=parameters, gflops=flops / 1e9, **mean_losses(tally))
+            if sampled:
+                found |= self.judge(self.sample(model), config.patch_size)
+            write_json(path, found)
+        found = fields | json.loads(path.read_text())
+        row = dict(model=name, seed=seed, **found, seconds=round(seconds, 1))
+        told = {key: x for key, x in row.items() if isinstance(x, float)}
+        print(f"{name}, seed {seed}: "
+              + ", ".join(f"{key} {x:.4g}" for key, x in told.items()), flush=True)
+        return row
+
+    def rows(self, models, build=DiP, steps=None, **fields):
+        """A row of every model {name: configuration} with every seed."""
+        classes = len(self.data[0].classes)
+        return [self.row(name, config.replace(image_size=self.size, num_classes=classes), seed,
+                         steps, build, **fields)
+                for seed in self.seeds for name, config in models.items()]
+
+    def calibrate(self):
+        """The measures of held-out images against other held-out images: what is perfect here."""
+        data = self.data[1]
+        order = np.random.default_rng(0).permutation(len(data))[self.options.num:]
+        rest = [data[int(i)] for i in order[:self.options.num]]
+        if len(rest) < 10:
+            return None
+        found = self.judge(np.stack([image for image, _ in rest]), BASE.patch_size)
+        del found["named"], found["decibel"]
+        return found
+
+
+# -------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+@dataclass
+class Claim:
+    """A row of the table: what is claimed, where, the figure there, ours, and the verdict."""
+
+    claim: str
+    source: str
+    paper: str
+    ours: str
+    verdict: str
+
+
+SEEN, UNCLEAR, NOT_SEEN = "seen", "unclear", "not seen at this scale"
+LABELS = {"frechet": "FD", "loss": "loss", "high": "high", "psnr": "PSNR", "probe": "accuracy",
+          "silhouette": "silhouette", "ms": "ms", "memory_mib": "MiB", "to_tree": "distance"}
+MORE_IS_BETTER = {"psnr", "probe", "silhouette", "named"}
+
+
+def figures(rows, measure, **where):
+    """A measure of all rows that agree with `where`, in the order of the seeds."""
+    found = [row for row in rows if all(row[key] == x for key, x in where.items())]
+    return [row[measure] for row in sorted(found, key=lambda row: row["seed"])]
+
+
+def told(numbers):
+    """Mean and standard deviation of figures, one a seed, to the digits that mean something."""
+    if not numbers:
+        return "not run"
+    mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0
+    digits = max(0, 2 - math.floor(math.log10(abs(mean) or 1)))
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if numbers[1:] else "")
+
+
+def smaller(a, b):
+    """Verdict on "a is smaller than b", given a figure a seed of each: by chance alone, three
+    against three are separated in the direction claimed in one case of twenty."""
+    if min(len(a), len(b)) < 3:
+        return UNCLEAR
+    if max(a) < min(b):
+        return SEEN
+    return NOT_SEEN if min(a) > max(b) else UNCLEAR
+
+
+def agree(verdicts):
+    """Verdict by several measures of one thing: unclear unless all of them say the same."""
+    return verdicts[0] if len(set(verdicts)) == 1 else UNCLEAR
+
+
+def all_of(verdicts):
+    """Verdict on a claim of several parts: seen if all parts are, not seen if one is not."""
+    return next((word for word in (NOT_SEEN, UNCLEAR) if word in verdicts), SEEN)
+
+
+def better(rows, a, b, measures=("frechet", "loss"), key="model", **where):
+    """(ours, verdict) of the claim that model a is better than each of the models b."""
+    others, text, verdicts = (b if isinstance(b, tuple) else (b,)), [], []
+    for measure in measures:
+        mine = figures(rows, measure, **{key: a}, **where)
+        theirs = [figures(rows, measure, **{key: other}, **where) for other in others]
+        text.append(f"{LABELS[measure]} {told(mine)} against {', '.join(map(told, theirs))}")
+        verdicts.append([smaller(x, mine) if measure in MORE_IS_BETTER else smaller(mine, x)
+                         for x in theirs])
+    return "; ".join(text), all_of([agree(parts) for parts in zip(*verdicts)])
+
+
+def hardware(device):
+    """The processor, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text)  # lists on one line
+    save_atomically(path, lambda partial: partial.write_text(text + "\n"))
+
+
+def results_name(name, data):
+    """Experiments on other data stand beside those on the embedded set."""
+    return f"{name}-{Path(data).resolve().name}" if data else name
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+AXES = {"frechet": "Fréchet distance", "loss": "flow matching loss",
+        "high": "error of high frequencies, dB"}
+
+
+def draw_dots(results, measures=("loss", "frechet", "high"), strips=None):
+    """A dot a seed: a row of panels a regime, a panel a measure, a line a model.  Below, if given,
+    strips {title: {model: uint8 (n, H, W, 3)}} of samples."""
+    import matplotlib.pyplot as plt
+    rows = results["rows"]
+    regimes = list(dict.fromkeys(row.get("regime") for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    height = 0.27 * len(names) + 0.75
+    tall = sum(0.52 * len(strip) + 0.4 for strip in (strips or {}).values())
+    whole = plt.figure(figsize=(9, height * len(regimes) + tall), layout="constrained")
+    upper, *lower = whole.subfigures(1 + bool(strips), 1, squeeze=False, height_ratios=[
+        height * len(regimes), *([tall] if strips else [])])[:, 0]
+    panels = upper.subplots(len(regimes), len(measures), squeeze=False, sharey=True, sharex="col")
+    for line, regime in zip(panels, regimes):
+        for axes, measure in zip(line, measures):
+            for place, name in enumerate(names):
+                found = [row[measure] for row in rows
+                         if (row["model"], row.get("regime")) == (name, regime)]
+                colour = COLOURS[place % len(COLOURS)]
+                axes.plot(found, [place] * len(found), "o", color=colour, alpha=0.7, markersize=5)
+            axes.grid(alpha=0.3)
+            axes.set(ylim=(len(names) - 0.5, -0.5))
+            axes.set_yticks(range(len(names)), names)
+        if regime:
+            line[0].set_title(f"{regime} tokens", loc="left", size=10)
+    for axes, measure in zip(panels[-1], measures):
+        axes.set_xlabel(AXES[measure])
+    if strips:
+        draw_strips(lower[0], strips)
+    return whole
+
+
+def draw_strips(figure, strips):
+    """Rows of samples, a model each, under a title for each group."""
+    groups = figure.subfigures(len(strips), 1, squeeze=False, height_ratios=[
+        0.52 * len(strip) + 0.4 for strip in strips.values()])[:, 0]
+    for group, (title, strip) in zip(groups, strips.items()):
+        group.suptitle(title, size=10)
+        panels = group.subplots(len(strip), 1, squeeze=False)[:, 0]
+        for axes, (name, images) in zip(panels, strip.items()):
+            wide = np.pad(images, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255)
+            axes.imshow(np.concatenate(list(wide), axis=1), interpolation="nearest")
+            axes.set_axis_off()
+            axes.text(-6, images.shape[1] / 2, name, ha="right", va="center", size=9)
+
+
+# -------------------------------------------------------------------------------------------------
+# The course of an experiment
+
+
+def conduct(name, argv=None, folder=None):
+    """Run experiments/<name>.py, which has measure(lab) -> dict with "rows", claims(results) ->
+    [Claim], and draw(results, lab) -> figure; writes its JSON and its PNG.  A quick run writes
+    below `folder`, or nowhere."""
+    module = importlib.import_module(f"experiments.{name}")
+    options = parse_options(getattr(module, "Options", Options), module.__doc__, argv)
+    at_least(1, seeds=options.seeds, steps=1 if options.steps is None else options.steps)
+    at_least(20, num=options.num)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.quick:
+            options.seeds, options.num = 1, 20
+            options.runs = options.results = options.pictures = folder or scratch
+        lab = Lab(options)
+        results = dict(
+            experiment=name, data=options.data and Path(options.data).resolve().name,
+            seeds=list(lab.seeds), num=options.num, training=TRAINING, sampling=SAMPLING,
+            hardware=hardware(lab.device), threads=torch.get_num_threads(),
+            torch=torch.__version__) | module.measure(lab)
+        file = results_name(name, options.data)
+        path, picture = Path(options.results, f"{file}.json"), Path(options.pictures, f"{file}.png")
+        write_json(path, results)
+        results = json.loads(path.read_text())
+        for claim in module.claims(results):
+            print(f"{claim.claim}: {claim.ours}: {claim.verdict}")
+        matplotlib.use("Agg")
+        figure = module.draw(results, lab)
+        save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
+        matplotlib.pyplot.close(figure)
+        print(f"{name}: wrote {path.name} and {picture.name}", flush=True)

@@ -1,0 +1,129 @@
+"""
+Fig. 3: can a DiT on large patches learn a single detailed image by heart?  Can a DiP?
+
+    python -m experiments.overfit               # a photo that comes with matplotlib
+    python -m experiments.overfit --data PHOTO
+
+Models are trained on nothing but one image of 96 x 96 (144 patches of 8 x 8), and draw it from
+noise.  PSNR: of four such drawings against the image.  High-frequency error: power of the
+difference over power of the image, both in the upper half of the frequencies; an image without any
+detail has 1, one with detail that is wrong has more.
+"""
+
+import json
+from functools import partial
+
+import matplotlib
+import numpy as np
+import torch
+
+from experiments.harness import (COLOURS, REGIMES, SAMPLING, Claim, better, conduct, power_spectrum,
+                                 write_json)
+from fid import read_image
+from sample import generate, run_main, to_uint8
+
+SIZE, STEPS, LOOKS = 96, 400, 8
+MODELS = {"DiT-only": dict(head="none"), "DiP": {}}
+
+
+class OneImage:
+    """A data set of one image."""
+
+    classes = names = ["the image"]
+    flip = False
+    bad = torch.zeros(1, dtype=torch.bool)
+
+    def __init__(self, path):
+        self.image = read_image(path or matplotlib.cbook.get_sample_data(
+            "grace_hopper.jpg", asfileobj=False), SIZE)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.image, 0
+
+
+def psnr(images, truth):
+    """Peak signal to noise ratio, dB, mean over the images (n, H, W, 3)."""
+    errors = ((images.astype(float) - truth) ** 2).mean(axis=(1, 2, 3))
+    return float((10 * np.log10(255**2 / errors)).mean())
+
+
+def high_frequency_error(images, truth):
+    """Power of the error over the power of the truth, over the upper half of the frequencies."""
+    upper = slice(len(truth) // 4, None)
+    error = power_spectrum((images.astype(float) - truth) / 2 + 127.5)[upper] * 4
+    return float(error.sum() / power_spectrum(truth[None])[upper].sum())
+
+
+def look(out, step, ema, data, val_data, seed):
+    """Draw the image four times; note how well."""
+    images = to_uint8(generate(ema, [0] * 4, range(4), seed, **SAMPLING))
+    write_json(out / f"look-{step:08d}.json", dict(
+        step=step, psnr=psnr(images, data.image), high=high_frequency_error(images, data.image),
+        image=images[0].tolist()))
+
+
+def measure(lab):
+    data, rows, pictures = OneImage(lab.options.data), [], {}
+    steps = lab.steps(STEPS)
+    for regime, base in REGIMES.items():
+        for name, change in MODELS.items():
+            config = base.replace(image_size=SIZE, num_classes=1, **change)
+            for seed in lab.seeds:
+                _, seconds, out = lab.train(
+                    config, seed, steps, data=data, look=look, every=max(1, steps // LOOKS),
+                    batch_size=4, micro_batch=4, label_dropout=0.0)
+                looks = [json.loads(p.read_text()) for p in sorted(out.glob("look-*.json"))]
+                images = [x.pop("image") for x in looks]
+                rows.append(dict(regime=regime, model=name, seed=seed, looks=looks,
+                                 seconds=round(seconds, 1), **looks[-1]))
+                print({key: x for key, x in rows[-1].items() if key != "looks"}, flush=True)
+                if seed == 0:
+                    pictures[f"{name}, {regime}"] = np.array(images[-1], dtype=np.uint8)
+    lab.pictures = data.image, pictures
+    return dict(rows=rows)
+
+
+def claims(results):
+    found = []
+    for regime in REGIMES:
+        ours, verdict = better(results["rows"], "DiP", "DiT-only", ("psnr", "high"), regime=regime)
+        found.append(Claim(f"a DiP learns the detail of one image by heart, a DiT-only does not "
+                           f"({regime}, one photo)", "Fig. 3", "a picture", ours, verdict))
+    return found
+
+
+def draw(results, lab):
+    """The image and what was learned of it, with crops; PSNR and error over steps."""
+    import matplotlib.pyplot as plt
+    truth, pictures = lab.pictures
+    figure = plt.figure(figsize=(10, 6.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.55, 1))
+    panels = upper.subplots(2, 5)
+    corner = slice(4, 36), slice(32, 64)                     # of the crop
+    for column, (name, image) in zip(panels.T, {"the image": truth, **pictures}.items()):
+        column[0].imshow(image, interpolation="nearest")
+        column[1].imshow(image[corner], interpolation="nearest")
+        column[0].set_title(name, size=10)
+        for axes in column:
+            axes.set_axis_off()
+    for axes, measure, label in zip(lower.subplots(1, 2), ("psnr", "high"),
+                                    ("PSNR, dB", "high-frequency error")):
+        for k, (name, regime) in enumerate(dict.fromkeys(
+                (row["model"], row["regime"]) for row in results["rows"])):
+            for row in results["rows"]:
+                if (row["model"], row["regime"]) == (name, regime):
+                    axes.plot([x["step"] for x in row["looks"]],
+                              [x[measure] for x in row["looks"]], color=COLOURS[k], alpha=0.7,
+                              label=f"{name}, {regime}" if row["seed"] == 0 else None)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(partial(conduct, "overfit"))

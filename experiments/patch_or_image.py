@@ -1,0 +1,163 @@
+"""
+Fig. 11 and 12, Appendix D: should the head see one patch at a time, or the whole image?
+
+    python -m experiments.patch_or_image    # embedded shapes, and the toy
+
+First the U-Net head with either input.  Then a toy after Fig. 12, which the paper draws but does
+not describe.  Ours: points on a tree in the plane, by flow matching.  The plane is cut into square
+cells.  A backbone knows in which cell the noisy point is, and t, and makes a token of it; a head
+takes the token and the point, and gives the velocity.  "Patch": the head is given the point within
+its cell, from -1 to 1.  "Image": its place in the plane.  "Image, enlarged": that place in units of
+half a cell, to tell locality from mere scale.  The three have equally many weights.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn as nn
+from scipy.spatial import cKDTree
+
+from dip import TimeEmbedding
+from experiments.harness import BASE, COLOURS, REGIMES, Claim, better, conduct
+from sample import heun, random_stream, run_main
+
+MODELS = {"patch": {}, "image": dict(head_input="image")}
+CELL, WIDTH, STEPS, POINTS = 0.5, 64, 1500, 4000
+
+
+def tree(start=(0.0, -0.95), angle=np.pi / 2, length=0.62, level=0, levels=6):
+    """Segments (n, 2, 2) of a tree in [-1, 1]^2: every branch forks into two shorter ones."""
+    end = start[0] + length * np.cos(angle), start[1] + length * np.sin(angle)
+    segments = [(start, end)]
+    if level + 1 < levels:
+        for turn in (-0.55, 0.55):
+            segments += tree(end, angle + turn, 0.68 * length, level + 1, levels)
+    return segments
+
+
+def on_the_tree(n, seed):
+    """n points, uniform along the branches.  (n, 2)"""
+    segments, rng = np.array(tree()), np.random.default_rng(seed)
+    lengths = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
+    chosen = segments[rng.choice(len(segments), n, p=lengths / lengths.sum())]
+    return chosen[:, 0] + rng.random((n, 1)) * (chosen[:, 1] - chosen[:, 0])
+
+
+class TreeData:
+    """Points as images of one pixel with two channels, in levels from 0 to 255, not rounded."""
+
+    classes = names = ["tree"]
+    flip = False
+    bad = torch.zeros(0, dtype=torch.bool)
+
+    def __init__(self, length=100_000):
+        self.points = ((on_the_tree(length, 0) + 1) * 127.5).astype(np.float32)
+
+    def __len__(self):
+        return len(self.points)
+
+    def __getitem__(self, index):
+        return self.points[index][None, None], 0
+
+
+class PatchInput(nn.Module):
+    """The velocity of a point: a backbone that sees its cell, a head that sees it in its cell."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.time = TimeEmbedding(WIDTH)
+        self.backbone = nn.Sequential(nn.Linear(2 + WIDTH, WIDTH), nn.SiLU(),
+                                      nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.head = nn.Sequential(nn.Linear(2 + WIDTH, WIDTH), nn.SiLU(),
+                                  nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 2))
+
+    def forward(self, x_t, t, y):
+        """x_t (B, 2, 1, 1), t (B,) -> (B, 2, 1, 1)"""
+        x = x_t.flatten(1)                                               # (B, 2)
+        centre = ((x / CELL).floor() + 0.5) * CELL                       # (B, 2)
+        s = self.backbone(torch.cat([centre, self.time(t)], dim=1))      # (B, WIDTH)
+        return self.head(torch.cat([self.view(x, centre), s], dim=1)).view(x_t.shape)
+
+    def view(self, x, centre):
+        return (x - centre) / (CELL / 2)
+
+
+class ImageInput(PatchInput):
+    """The same, but the head sees the point's place in the plane."""
+
+    def view(self, x, centre):
+        return x
+
+
+class EnlargedImageInput(PatchInput):
+    """The same, but in units of half a cell, as PatchInput has it."""
+
+    def view(self, x, centre):
+        return x / (CELL / 2)
+
+
+TOYS = {"patch": PatchInput, "image": ImageInput, "image, enlarged": EnlargedImageInput}
+
+
+@torch.no_grad()
+def draw_points(model, n):
+    """n samples of a toy model.  (n, 2)"""
+    noise = torch.randn(n, 2, 1, 1, generator=random_stream("tree"))
+    points = heun(lambda x, t: model(x, torch.full((n,), t), None), noise, 50)
+    return points.flatten(1).double().numpy()
+
+
+def measure(lab):
+    rows = []
+    for regime, base in REGIMES.items():
+        rows += lab.rows({name: base.replace(**change) for name, change in MODELS.items()},
+                         regime=regime)
+    lab.device = torch.device("cpu")
+    data, truth, toys, clouds = TreeData(), on_the_tree(20 * POINTS, 1), [], {}
+    for name, build in TOYS.items():
+        for seed in lab.seeds:
+            model, seconds, _ = lab.train(
+                BASE.replace(num_classes=1), seed, lab.steps(STEPS), build, data,
+                batch_size=256, micro_batch=256, label_dropout=0.0)
+            points = draw_points(model, POINTS)
+            toys.append(dict(
+                model=name, seed=seed, parameters=sum(p.numel() for p in model.parameters()),
+                to_tree=float(cKDTree(truth).query(points)[0].mean()),
+                from_tree=float(cKDTree(points).query(truth[:POINTS])[0].mean()),
+                seconds=round(seconds, 1)))
+            print(toys[-1], flush=True)
+            if seed == 0:
+                clouds[name] = np.round(points, 3).tolist()
+    return dict(rows=rows, toys=toys, clouds=clouds)
+
+
+def claims(results):
+    rows, toys, found = results["rows"], results["toys"], []
+    for regime in REGIMES:
+        ours, verdict = better(rows, "patch", "image", regime=regime)
+        found.append(Claim(f"a head that sees one patch is better than one that sees the image "
+                           f"({regime}, shapes)", "App. D", "no figure", ours, verdict))
+    for claim, other in (("the image", "image"), ("the image, enlarged", "image, enlarged")):
+        ours, verdict = better(toys, "patch", other, ("to_tree",))
+        found.append(Claim(f"toy: samples of a head that sees one patch are nearer to the manifold "
+                           f"than with {claim}", "Fig. 12", "a picture", ours, verdict))
+    return found
+
+
+def draw(results, lab):
+    """After Fig. 12: the tree in orange, samples of seed 0 in black."""
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, len(TOYS), figsize=(10, 3.9), layout="constrained")
+    for axes, (name, points) in zip(panels, results["clouds"].items()):
+        for segment in np.array(tree()):
+            axes.plot(*segment.T, color=COLOURS[4], linewidth=2.5, solid_capstyle="round", zorder=1)
+        axes.plot(*np.array(points).T, "k.", markersize=0.8, zorder=2)
+        ours = [toy["to_tree"] for toy in results["toys"] if toy["model"] == name]
+        axes.set(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.1, 1.1), xticks=[], yticks=[])
+        axes.set_title(f"head sees: {name}\nmean distance to the tree {np.mean(ours):.4f}", size=10)
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(partial(conduct, "patch_or_image"))

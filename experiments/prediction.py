@@ -1,0 +1,51 @@
+"""
+Beyond the paper: is the head still needed when the network predicts the clean image?
+
+    python -m experiments.prediction    # embedded shapes
+
+JiT (arXiv 2511.13720) finds that a plain DiT on large patches works if its last layer draws the
+clean image x instead of the velocity v, with the loss on the velocity as ever.
+"""
+
+from functools import partial
+
+from experiments.harness import REGIMES, Claim, better, conduct, draw_dots
+from sample import run_main
+
+MODELS = {
+    "DiT-v": dict(head="none"),
+    "DiT-x": dict(head="none", prediction="x"),
+    "DiP-v": {},
+    "DiP-x": dict(prediction="x"),
+}
+
+
+def measure(lab):
+    rows = []
+    for regime, base in REGIMES.items():
+        rows += lab.rows({name: base.replace(**change) for name, change in MODELS.items()},
+                         regime=regime)
+    return dict(rows=rows)
+
+
+def claims(results):
+    rows, found = results["rows"], []
+    for regime in REGIMES:
+        for claim, source, a, b in (
+            ("a DiT-only that predicts x is better than one that predicts v", "JiT", "DiT-x",
+             "DiT-v"),
+            ("a DiP that predicts x is better than one that predicts v", "-", "DiP-x", "DiP-v"),
+            ("a head improves on none when v is predicted", "Table 2", "DiP-v", "DiT-v"),
+            ("a head still improves on none when x is predicted", "-", "DiP-x", "DiT-x"),
+        ):
+            ours, verdict = better(rows, a, b, regime=regime)
+            found.append(Claim(f"{claim} ({regime}, shapes)", source, "-", ours, verdict))
+    return found
+
+
+def draw(results, lab):
+    return draw_dots(results)
+
+
+if __name__ == "__main__":
+    run_main(partial(conduct, "prediction"))
