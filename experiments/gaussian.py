@@ -12,6 +12,7 @@ frequency and by t.  Writes experiments/results/gaussian.json and assets/gaussia
 
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import scipy.fft
 import torch
@@ -138,15 +139,14 @@ def claims(results):
             dit, dip = ([row["total"][k] for row in results["rows"]
                          if (row["model"], row["width"]) == (kind, width)] for kind in MODELS)
             found.append(Claim(
-                f"a DiP is nearer to the optimal velocity than a DiT-only at t = {t} "
-                f"({regime}, Gaussian images)", "App. A", "a theorem",
+                f"a DiP is nearer to the optimal velocity than a DiT-only at t = {t}",
+                f"{regime}, Gaussian images", "Remark A.7", "of a model",
                 f"excess {told(dip)} against {told(dit)}", smaller(dip, dit)))
     return found
 
 
 def draw(results, lab):
     """Excess by frequency: a row for each width, a column for some times."""
-    import matplotlib.pyplot as plt
     columns = [TIMES.index(t) for t in (0.1, 0.5, 0.9)]
     figure, panels = plt.subplots(len(WIDTHS), len(columns), figsize=(9, 5), sharex=True,
                                   sharey=True, layout="constrained")

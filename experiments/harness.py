@@ -3,9 +3,9 @@ What the experiments share: train alike, measure alike, write down, judge.
 
 Every model is trained by train.fit from the same images, noise and times in the same order, which
 are functions of the seed alone, with the same optimizer; only what an experiment is about differs.
-Finished runs stay in --runs under a name made of all they depend on: experiments share them, and
-an interrupted experiment goes on where it was.  What is measured, on the averaged weights, needs
-no download:
+Finished runs stay in --runs under a name made of their settings: experiments share them, and an
+interrupted experiment goes on where it was.  The name knows nothing of the code: whoever changes
+that deletes the folder.  What is measured, on the averaged weights, needs no download:
 
     loss       flow matching loss, Eq. (5), on fixed held-out images, times and noise
     loss_by_t  the same in tenths of t
@@ -32,7 +32,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.pyplot
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.utils.data import Subset
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import fid
 from dip import DiP, DiPConfig, cost
-from experiments.recognise import as_input, predict, train_classifier
+from experiments.recognise import as_input, make_classifier, predict, train_classifier
 from sample import (at_least, generate, load_checkpoint, option, parse_options, save_atomically,
                     start_processes, to_uint8)
 from train import Examples, ShapesData, TrainOptions, fit, mean_losses, open_data, validate
@@ -65,13 +65,22 @@ class Options:
     seeds: int = option(3, "runs of each model, of the seeds 0, 1, ...")
     steps: int | None = option(None, "updates of 16 images [500, or the experiment's own]")
     num: int = option(300, "samples that are measured, and held-out images they are held against")
-    inception: str | None = option(None, "weights of Inception: adds FID to the measures",
-                                   metavar="FILE")
+    fid: str | None = option(None, "weights of Inception: measure with fid.py too", metavar="FILE")
     runs: str = option("runs/experiments", "folder of the runs", metavar="DIR")
-    results: str = option("experiments/results", "folder of the figures", metavar="DIR")
+    results: str = option("experiments/results", "folder of the JSON", metavar="DIR")
     pictures: str = option("assets", "folder of the pictures", metavar="DIR")
     device: str = option("auto", "auto, cpu, cuda, mps")
     quick: bool = option(False, "a smoke run of seconds, in a temporary folder")
+
+
+def setting(options):
+    """What the rows are of: the data, and the options that are not the defaults, in words."""
+    words = [Path(options.data).resolve().stem if options.data else "shapes"]
+    for field in ("steps", "seeds", "num", "size", "regimes"):
+        value = getattr(options, field, None)
+        if not options.quick and value != getattr(type(options), field, None):
+            words.append(f"{field} {' '.join(value) if field == 'regimes' else value}")
+    return ", ".join(words)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -131,8 +140,9 @@ class Cached:
 
     def __init__(self, data):
         self.data, self.read = data, {}
-        self.classes, self.names, self.flip, self.bad = (data.classes, data.names, data.flip,
-                                                         data.bad)
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
 
     def __len__(self):
         return len(self.data)
@@ -150,10 +160,15 @@ def look_away(*_):
 class Lab:
     """What one experiment works with."""
 
-    def __init__(self, options, size=None):
-        self.options, self.size = options, size or BASE.image_size
+    def __init__(self, options):
+        self.options, self.size = options, getattr(options, "size", BASE.image_size)
         self.processes = start_processes(options.device)
-        self.device = self.processes.device
+        if options.fid:
+            self.inception = fid.load_inception(options.fid, any_weights=True)
+
+    @property
+    def device(self):
+        return self.processes.device
 
     @property
     def seeds(self):
@@ -169,6 +184,9 @@ class Lab:
         data, val_data = open_data(self.options.data, self.size)
         if val_data is None:
             raise ValueError(f"--data {self.options.data} has no val/ with the classes of train/")
+        if len(val_data) < self.options.num:
+            raise ValueError(f"--num {self.options.num}: --data {self.options.data} has only "
+                             f"{len(val_data)} held-out images")
         return (data, val_data) if self.options.data is None else (Cached(data), Cached(val_data))
 
     @cached_property
@@ -180,45 +198,55 @@ class Lab:
 
     @cached_property
     def classifier(self):
-        """(network, its accuracy on held-out images): the eyes of `frechet` and `named`."""
-        if self.options.data is None:
-            data, held_out = ShapesData(self.size, first=2 * 10**6), ShapesData(
-                self.size, 1000, first=3 * 10**6)
-            steps = 300
-        else:
-            order = np.random.default_rng(1).permutation(len(self.data[0])).tolist()
-            data, held_out, steps = Subset(self.data[0], order), self.data[1], 600
-        return train_classifier(data, held_out, len(self.data[0].classes),
-                                2 if self.options.quick else steps)
+        """(network, its accuracy on held-out images): the eyes of `frechet` and `named`.  It stays
+        in --runs: what is compared is judged by the same eyes."""
+        training, held_out, steps, classes = *self.data, 600, len(self.data[0].classes)
+        if self.options.data is None:                        # drawings that no model has seen
+            training, steps = ShapesData(self.size, first=2 * 10**6), 300
+            held_out = ShapesData(self.size, 1000, first=3 * 10**6)
+        steps = 2 if self.options.quick else steps
+        name = f"{setting(Options(data=self.options.data))}-{self.size}-{steps}"
+        path = Path(self.options.runs, f"classifier-{name}.pt")
+        if not path.exists():
+            order = np.random.default_rng(1).permutation(len(training)).tolist()
+            shuffled = training if self.options.data is None else Subset(training, order)
+            net, accuracy = train_classifier(shuffled, held_out, classes, steps)
+            save_atomically(path, lambda partial: torch.save(
+                dict(net=net.state_dict(), accuracy=accuracy), partial))
+        state = torch.load(path, weights_only=True)
+        net = make_classifier(classes).eval()
+        net.load_state_dict(state["net"])
+        return net, state["accuracy"]
 
     @cached_property
     def yardstick(self):
         """What samples are held against: moments of features, log spectrum, by Inception too."""
-        net = self.classifier[0]
-        inception = None
-        if self.options.inception:
-            network = fid.load_inception(self.options.inception, True)[0].to(self.device)
-            inception = network, inception_side(network, self.real, self.device)
-        return (moments(features(net, self.real)), np.log10(power_spectrum(self.real)), inception)
+        side = None
+        if self.options.fid:
+            side = inception_side(self.inception[0].to(self.device), self.real, self.device)
+        seen = features(self.classifier[0], self.real)
+        return moments(seen), np.log10(power_spectrum(self.real)), side
 
-    def folder(self, config, seed, steps, build, training):
-        """Where a run lives: a name made of everything it depends on."""
-        data = self.options.data and str(Path(self.options.data).resolve())
-        key = json.dumps([dataclasses.asdict(config), seed, steps, build.__name__, data, training])
+    def folder(self, config, seed, steps, build, data, training):
+        """Where a run lives: a name made of its settings."""
+        path = self.options.data and str(Path(self.options.data).resolve())
+        key = json.dumps([dataclasses.asdict(config), seed, steps, build.__name__,
+                          data and type(data).__name__, path, training, self.device.type])
         digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
         name = f"{config.head}-{config.hidden_size}-{build.__name__}-{seed}-{digest}"
         return Path(self.options.runs, name)
 
     def train(self, config, seed, steps=None, build=DiP, data=None, look=look_away, every=None,
               **changes):
-        """(averaged model in eval mode, seconds spent in steps, folder of the run); data, if not
-        the experiment's; look and every as --sample-every of train.fit; changes to TRAINING."""
+        """(averaged model in eval mode, its wall-clock, folder of the run); data, if not the
+        experiment's; look and every as --sample-every of train.fit; changes to TRAINING."""
         steps, training = steps or self.steps(), TRAINING | changes
         if self.options.quick:
             training |= dict(batch_size=2, micro_batch=2)
-        out = self.folder(config, seed, steps, build, training)
+        out = self.folder(config, seed, steps, build, data, training)
         last = out / f"ckpt-{steps:08d}.pt"
         if not last.exists():
+            write_json(out / "machine.json", dict(threads=torch.get_num_threads()))
             settings = TrainOptions(
                 model=config.head, image_size=config.image_size, steps=steps, seed=seed,
                 log_every=50, sample_every=every or steps, save_every=max(1, steps // 2),
@@ -229,71 +257,82 @@ class Lab:
         logged = [(line["step"], line["images_per_s"]) for line in lines if "images_per_s" in line]
         seconds = sum((step - before) * training["batch_size"] / speed
                       for (before, _), (step, speed) in pairwise([(0, 0), *logged]))
+        machine = json.loads((out / "machine.json").read_text())
         model = build(config).to(self.device).eval().requires_grad_(False)
         model.load_state_dict(load_checkpoint(last)["ema"])
-        return model, seconds, out
+        return model, dict(seconds=round(seconds, 1), **machine), out
+
+    def labels(self, num):
+        """Classes of `num` samples: i mod K, or evenly spread where there are more classes."""
+        K = len(self.data[0].classes)
+        return [i % K if K <= num else i * K // num for i in range(num)]
 
     def sample(self, model, num=None, **settings):
-        """uint8 (n, H, W, 3), class i mod K"""
+        """uint8 (n, H, W, 3)"""
         num = num or self.options.num
+        labels = self.labels(num)
         settings = SAMPLING | settings | ({"steps": 2} if self.options.quick else {})
         parts = [range(start, min(start + 100, num)) for start in range(0, num, 100)]
         return np.concatenate([
-            to_uint8(generate(model, [i % model.config.num_classes for i in part], part, 0,
-                              **settings)) for part in tqdm(parts, "sampling", leave=False)])
+            to_uint8(generate(model, [labels[i] for i in part], part, 0, **settings))
+            for part in tqdm(parts, "sampling", leave=False)])
 
     def judge(self, images, P):
         """Every measure of a set of samples."""
-        net, (real, spectrum, inception) = self.classifier[0], self.yardstick
+        net, (real, spectrum, side) = self.classifier[0], self.yardstick
         decibel = 10 * (np.log10(power_spectrum(images)) - spectrum)
-        labels = np.arange(len(images)) % len(self.data[0].classes)
         found = dict(
             frechet=fid.frechet_distance(*real, *moments(features(net, images))),
-            named=float((predict(net, images) == labels).mean()),
+            named=float((predict(net, images) == self.labels(len(images))).mean()),
             spectrum=float(np.abs(decibel).mean()),
             high=float(np.abs(decibel[len(decibel) // 2:]).mean()),
             seam=float(seam_contrast(images, P) / seam_contrast(self.real, P)),
             decibel=[round(float(x), 3) for x in decibel])
-        if inception:
-            found |= fid.compare(inception[1], inception_side(inception[0], images, self.device))
+        if side:
+            samples = inception_side(self.inception[0].to(self.device), images, self.device)
+            found |= fid.compare(side, samples)
         return found
 
-    def row(self, name, config, seed, steps=None, build=DiP, sampled=True, **fields):
+    def row(self, name, config, seed, build=DiP, **fields):
         """Train a model, or find it trained, and measure everything: one row of the results."""
-        model, seconds, out = self.train(config, seed, steps, build)
-        path = out / f"measures-{self.options.num}-{'all' if sampled else 'loss'}.json"
+        model, clock, out = self.train(config, seed, build=build)
+        path = out / f"measures-{self.options.num}{'-fid' if self.options.fid else ''}.json"
         if not path.exists():
             tally = validate(model, Examples(self.data[1], 0, "val"), self.device,
                              limit=20 if self.options.quick else 500)
             parameters, flops = cost(config)
-            found = dict(parameters=parameters, gflops=flops / 1e9, **mean_losses(tally))
-            if sampled:
-                found |= self.judge(self.sample(model), config.patch_size)
-            write_json(path, found)
+            write_json(path, dict(
+                parameters=parameters, gflops=flops / 1e9, **mean_losses(tally),
+                **self.judge(self.sample(model), config.patch_size)))
         found = fields | json.loads(path.read_text())
-        row = dict(model=name, seed=seed, **found, seconds=round(seconds, 1))
-        told = {key: x for key, x in row.items() if isinstance(x, float)}
-        print(f"{name}, seed {seed}: "
-              + ", ".join(f"{key} {x:.4g}" for key, x in told.items()), flush=True)
+        row = dict(model=name, seed=seed, **found, **clock)
+        print(f"{name}, seed {seed}: " + ", ".join(
+            f"{key} {x:.4g}" for key, x in row.items() if isinstance(x, float)), flush=True)
         return row
 
-    def rows(self, models, build=DiP, steps=None, **fields):
+    def rows(self, models, build=DiP, **fields):
         """A row of every model {name: configuration} with every seed."""
         classes = len(self.data[0].classes)
         return [self.row(name, config.replace(image_size=self.size, num_classes=classes), seed,
-                         steps, build, **fields)
+                         build, **fields)
                 for seed in self.seeds for name, config in models.items()]
 
+    def rows_of_regimes(self, models):
+        """The same in each regime; models {name: changes to its configuration}."""
+        rows = []
+        for regime, base in REGIMES.items():
+            rows += self.rows({name: base.replace(**changes) for name, changes in models.items()},
+                              regime=regime)
+        return rows
+
     def calibrate(self):
-        """The measures of held-out images against other held-out images: what is perfect here."""
+        """Measures of further held-out images, as if they were samples: what is perfect here."""
         data = self.data[1]
         order = np.random.default_rng(0).permutation(len(data))[self.options.num:]
-        rest = [data[int(i)] for i in order[:self.options.num]]
-        if len(rest) < 10:
-            return None
-        found = self.judge(np.stack([image for image, _ in rest]), BASE.patch_size)
-        del found["named"], found["decibel"]
-        return found
+        rest = [data[int(i)][0] for i in order[:self.options.num]]
+        found = self.judge(np.stack(rest), BASE.patch_size) if len(rest) > 100 else {}
+        return dict(n=len(rest), **{key: found[key] for key in ("frechet", "spectrum", "high")
+                                    if found})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -302,22 +341,25 @@ class Lab:
 
 @dataclass
 class Claim:
-    """A row of the table: what is claimed, where, the figure there, ours, and the verdict."""
+    """A row of the table: what is claimed, of which of our models and images, where in the paper,
+    the figure there, ours, and the verdict."""
 
     claim: str
+    models: str
     source: str
     paper: str
     ours: str
     verdict: str
 
 
-SEEN, UNCLEAR, NOT_SEEN = "seen", "unclear", "not seen at this scale"
+SEEN, UNCLEAR, NOT_SEEN, NOT_RUN = "seen", "unclear", "not seen at this scale", "not run"
 LABELS = {"frechet": "FD", "loss": "loss", "high": "high", "psnr": "PSNR", "probe": "accuracy",
-          "silhouette": "silhouette", "ms": "ms", "memory_mib": "MiB", "to_tree": "distance"}
-MORE_IS_BETTER = {"psnr", "probe", "silhouette", "named"}
+          "silhouette": "silhouette", "ms": "ms", "memory_mib": "MiB", "to_tree": "to the manifold",
+          "from_tree": "from it", "detail": "error of detail"}
+MORE_IS_BETTER = {"psnr", "probe", "silhouette"}
 
 
-def figures(rows, measure, **where):
+def numbers_of(rows, measure, **where):
     """A measure of all rows that agree with `where`, in the order of the seeds."""
     found = [row for row in rows if all(row[key] == x for key, x in where.items())]
     return [row[measure] for row in sorted(found, key=lambda row: row["seed"])]
@@ -326,9 +368,9 @@ def figures(rows, measure, **where):
 def told(numbers):
     """Mean and standard deviation of figures, one a seed, to the digits that mean something."""
     if not numbers:
-        return "not run"
+        return NOT_RUN
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0
-    digits = max(0, 2 - math.floor(math.log10(abs(mean) or 1)))
+    digits = max(0, 2 - math.floor(math.log10(abs(mean) or 1))) if math.isfinite(mean) else 0
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if numbers[1:] else "")
 
 
@@ -352,12 +394,12 @@ def all_of(verdicts):
     return next((word for word in (NOT_SEEN, UNCLEAR) if word in verdicts), SEEN)
 
 
-def better(rows, a, b, measures=("frechet", "loss"), key="model", **where):
+def better(rows, a, b, measures=("frechet", "loss"), **where):
     """(ours, verdict) of the claim that model a is better than each of the models b."""
     others, text, verdicts = (b if isinstance(b, tuple) else (b,)), [], []
     for measure in measures:
-        mine = figures(rows, measure, **{key: a}, **where)
-        theirs = [figures(rows, measure, **{key: other}, **where) for other in others]
+        mine = numbers_of(rows, measure, model=a, **where)
+        theirs = [numbers_of(rows, measure, model=other, **where) for other in others]
         text.append(f"{LABELS[measure]} {told(mine)} against {', '.join(map(told, theirs))}")
         verdicts.append([smaller(x, mine) if measure in MORE_IS_BETTER else smaller(mine, x)
                          for x in theirs])
@@ -379,11 +421,6 @@ def write_json(path, content):
     save_atomically(path, lambda partial: partial.write_text(text + "\n"))
 
 
-def results_name(name, data):
-    """Experiments on other data stand beside those on the embedded set."""
-    return f"{name}-{Path(data).resolve().name}" if data else name
-
-
 # -------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -392,10 +429,13 @@ AXES = {"frechet": "Fréchet distance", "loss": "flow matching loss",
         "high": "error of high frequencies, dB"}
 
 
+def title_of(regime):
+    return f"{regime} tokens" if regime in REGIMES else f"models of size {regime}"
+
+
 def draw_dots(results, measures=("loss", "frechet", "high"), strips=None):
     """A dot a seed: a row of panels a regime, a panel a measure, a line a model.  Below, if given,
     strips {title: {model: uint8 (n, H, W, 3)}} of samples."""
-    import matplotlib.pyplot as plt
     rows = results["rows"]
     regimes = list(dict.fromkeys(row.get("regime") for row in rows))
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -416,7 +456,7 @@ def draw_dots(results, measures=("loss", "frechet", "high"), strips=None):
             axes.set(ylim=(len(names) - 0.5, -0.5))
             axes.set_yticks(range(len(names)), names)
         if regime:
-            line[0].set_title(f"{regime} tokens", loc="left", size=10)
+            line[0].set_title(title_of(regime), loc="left", size=10)
     for axes, measure in zip(panels[-1], measures):
         axes.set_xlabel(AXES[measure])
     if strips:
@@ -456,18 +496,23 @@ def conduct(name, argv=None, folder=None):
             options.runs = options.results = options.pictures = folder or scratch
         lab = Lab(options)
         results = dict(
-            experiment=name, data=options.data and Path(options.data).resolve().name,
-            seeds=list(lab.seeds), num=options.num, training=TRAINING, sampling=SAMPLING,
-            hardware=hardware(lab.device), threads=torch.get_num_threads(),
-            torch=torch.__version__) | module.measure(lab)
-        file = results_name(name, options.data)
+            experiment=name, setting=setting(options), seeds=list(lab.seeds), num=options.num,
+            steps=lab.steps(getattr(module, "STEPS", STEPS)), size=lab.size, training=TRAINING,
+            sampling=SAMPLING, hardware=hardware(lab.device), torch=torch.__version__)
+        if options.fid:
+            results["inception"] = lab.inception[1]
+        results |= module.measure(lab)
+        if "classifier" in vars(lab):
+            results["classifier_accuracy"] = lab.classifier[1]
+        file = re.sub(r"\W+", "-", "-".join([name, *setting(options).split(", ")])).removesuffix(
+            "-shapes")
         path, picture = Path(options.results, f"{file}.json"), Path(options.pictures, f"{file}.png")
         write_json(path, results)
         results = json.loads(path.read_text())
         for claim in module.claims(results):
-            print(f"{claim.claim}: {claim.ours}: {claim.verdict}")
-        matplotlib.use("Agg")
+            print(f"{claim.claim} ({claim.models}): {claim.ours}: {claim.verdict}")
+        plt.switch_backend("Agg")
         figure = module.draw(results, lab)
         save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
-        matplotlib.pyplot.close(figure)
+        plt.close(figure)
         print(f"{name}: wrote {path.name} and {picture.name}", flush=True)

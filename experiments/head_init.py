@@ -26,6 +26,7 @@ class LastLayerZero(DiP):
     def initialize_weights(self):
         super().initialize_weights()
         nn.init.zeros_(self.last.head.out.weight)
+        nn.init.zeros_(self.last.head.out.bias)
 
 
 class PyTorchDefault(DiP):
@@ -36,10 +37,8 @@ class PyTorchDefault(DiP):
                 module.reset_parameters()
 
 
-class PyTorchDefaultLastLayerZero(PyTorchDefault, LastLayerZero):
-    def initialize_weights(self):
-        super().initialize_weights()
-        nn.init.zeros_(self.last.head.out.weight)
+class PyTorchDefaultLastLayerZero(LastLayerZero, PyTorchDefault):
+    """PyTorch's default first, then the zeros."""
 
 
 VARIANTS = {"He-normal (ours)": DiP, "He-normal, average pooling": AveragePooling,
@@ -65,7 +64,8 @@ def claims(results):
          "PyTorch's default, last layer 0", "no head"),
     ):
         text, verdict = better(rows, a, b)
-        found.append(Claim(f"U-Net head: {claim} (narrow, shapes)", "-", "-", text, verdict))
+        found.append(Claim(f"U-Net head: {claim}", f"narrow, {results['setting']}", "-", "-",
+                           text, verdict))
     return found
 
 

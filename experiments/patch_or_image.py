@@ -11,8 +11,10 @@ its cell, from -1 to 1.  "Image": its place in the plane.  "Image, enlarged": th
 half a cell, to tell locality from mere scale.  The three have equally many weights.
 """
 
+from dataclasses import replace
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
@@ -23,7 +25,7 @@ from experiments.harness import BASE, COLOURS, REGIMES, Claim, better, conduct
 from sample import heun, random_stream, run_main
 
 MODELS = {"patch": {}, "image": dict(head_input="image")}
-CELL, WIDTH, STEPS, POINTS = 0.5, 64, 1500, 4000
+CELL, WIDTH, TOY_STEPS, POINTS = 0.5, 64, 1500, 4000
 
 
 def tree(start=(0.0, -0.95), angle=np.pi / 2, length=0.62, level=0, levels=6):
@@ -109,23 +111,20 @@ def draw_points(model, n):
 
 
 def measure(lab):
-    rows = []
-    for regime, base in REGIMES.items():
-        rows += lab.rows({name: base.replace(**change) for name, change in MODELS.items()},
-                         regime=regime)
-    lab.device = torch.device("cpu")
+    rows = lab.rows_of_regimes(MODELS)
+    lab.processes = replace(lab.processes, device=torch.device("cpu"))   # in float32 everywhere
     data, truth, toys, clouds = TreeData(), on_the_tree(20 * POINTS, 1), [], {}
     for name, build in TOYS.items():
         for seed in lab.seeds:
-            model, seconds, _ = lab.train(
-                BASE.replace(num_classes=1), seed, lab.steps(STEPS), build, data,
+            model, clock, _ = lab.train(
+                BASE.replace(num_classes=1), seed, lab.steps(TOY_STEPS), build, data,
                 batch_size=256, micro_batch=256, label_dropout=0.0)
             points = draw_points(model, POINTS)
             toys.append(dict(
                 model=name, seed=seed, parameters=sum(p.numel() for p in model.parameters()),
                 to_tree=float(cKDTree(truth).query(points)[0].mean()),
                 from_tree=float(cKDTree(points).query(truth[:POINTS])[0].mean()),
-                seconds=round(seconds, 1)))
+                **clock))
             print(toys[-1], flush=True)
             if seed == 0:
                 clouds[name] = np.round(points, 3).tolist()
@@ -136,18 +135,18 @@ def claims(results):
     rows, toys, found = results["rows"], results["toys"], []
     for regime in REGIMES:
         ours, verdict = better(rows, "patch", "image", regime=regime)
-        found.append(Claim(f"a head that sees one patch is better than one that sees the image "
-                           f"({regime}, shapes)", "App. D", "no figure", ours, verdict))
+        found.append(Claim("a head that sees one patch is better than one that sees the image",
+                           f"{regime}, {results['setting']}", "App. D", "no figure", ours,
+                           verdict))
     for claim, other in (("the image", "image"), ("the image, enlarged", "image, enlarged")):
-        ours, verdict = better(toys, "patch", other, ("to_tree",))
-        found.append(Claim(f"toy: samples of a head that sees one patch are nearer to the manifold "
-                           f"than with {claim}", "Fig. 12", "a picture", ours, verdict))
+        ours, verdict = better(toys, "patch", other, ("to_tree", "from_tree"))
+        found.append(Claim(f"a head that sees one patch fits the manifold better than one that "
+                           f"sees {claim}", "toy", "Fig. 12", "a picture", ours, verdict))
     return found
 
 
 def draw(results, lab):
     """After Fig. 12: the tree in orange, samples of seed 0 in black."""
-    import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, len(TOYS), figsize=(10, 3.9), layout="constrained")
     for axes, (name, points) in zip(panels, results["clouds"].items()):
         for segment in np.array(tree()):

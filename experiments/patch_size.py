@@ -2,9 +2,13 @@
 Fig. 10b: a DiT on small patches, or a DiP on large ones?
 
     python -m experiments.patch_size    # embedded shapes
+
+Tokens have 256 numbers: more than a patch of 4 or 8 (48, 192), fewer than one of 16 (768).
 """
 
 from functools import partial
+
+import matplotlib.pyplot as plt
 
 from experiments.harness import AXES, BASE, COLOURS, Claim, better, conduct
 from experiments.head_size import PATCH_16
@@ -24,18 +28,18 @@ def claims(results):
     for claim, a, b in (
         ("a DiT-only is better with patches of 4 than of 8", "DiT-only/4", "DiT-only/8"),
         ("a DiT-only is better with patches of 8 than of 16", "DiT-only/8", "DiT-only/16"),
+        ("a DiP is better with patches of 8 than of 16", "DiP/8", "DiP/16"),
         ("a DiP with patches of 8 is better than a DiT-only with 4", "DiP/8", "DiT-only/4"),
         ("a DiP with patches of 16 is better than a DiT-only with 8", "DiP/16", "DiT-only/8"),
     ):
         ours, verdict = better(rows, a, b)
         ours += f"; {cost[a]:.3f} against {cost[b]:.3f} GFLOPs"
-        found.append(Claim(f"{claim} (shapes)", "Fig. 10b", "a curve", ours, verdict))
+        found.append(Claim(claim, results["setting"], "Fig. 10b", "a curve", ours, verdict))
     return found
 
 
 def draw(results, lab):
     """Quality over operations: a line for each kind of model, a dot a seed."""
-    import matplotlib.pyplot as plt
     drawn, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axes, measure in zip(panels, ("loss", "frechet")):
         for kind, colour in zip(("DiT-only", "DiP"), COLOURS):

@@ -21,11 +21,7 @@ MODELS = {
 
 
 def measure(lab):
-    rows = []
-    for regime, base in REGIMES.items():
-        rows += lab.rows({name: base.replace(**change) for name, change in MODELS.items()},
-                         regime=regime)
-    return dict(rows=rows)
+    return dict(rows=lab.rows_of_regimes(MODELS))
 
 
 def claims(results):
@@ -33,11 +29,13 @@ def claims(results):
     for regime in REGIMES:
         for name in ("post-hoc", "intermediate", "hybrid"):
             ours, verdict = better(rows, name, "no head", regime=regime)
-            found.append(Claim(f"{name} placement is better than no head ({regime}, shapes)",
-                               "Sec. 4.3", "better than FID 5.28", ours, verdict))
+            found.append(Claim(f"{name} placement is better than no head",
+                               f"{regime}, {results['setting']}", "Sec. 4.3",
+                               "better than FID 5.28", ours, verdict))
         ours, verdict = better(rows, "post-hoc", ("intermediate", "hybrid"), regime=regime)
-        found.append(Claim(f"post-hoc placement is the best of the three ({regime}, shapes)",
-                           "Sec. 4.3", "no figure", ours, verdict))
+        found.append(Claim("post-hoc placement is the best of the three",
+                           f"{regime}, {results['setting']}", "Sec. 4.3", "no figure", ours,
+                           verdict))
     return found
 
 

@@ -21,11 +21,7 @@ MODELS = {
 
 
 def measure(lab):
-    rows = []
-    for regime, base in REGIMES.items():
-        rows += lab.rows({name: base.replace(**change) for name, change in MODELS.items()},
-                         regime=regime)
-    return dict(rows=rows)
+    return dict(rows=lab.rows_of_regimes(MODELS))
 
 
 def claims(results):
@@ -39,7 +35,8 @@ def claims(results):
             ("a head still improves on none when x is predicted", "-", "DiP-x", "DiT-x"),
         ):
             ours, verdict = better(rows, a, b, regime=regime)
-            found.append(Claim(f"{claim} ({regime}, shapes)", source, "-", ours, verdict))
+            found.append(Claim(claim, f"{regime}, {results['setting']}", source, "-", ours,
+                               verdict))
     return found
 
 

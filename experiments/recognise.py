@@ -26,16 +26,21 @@ def as_input(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_classifier(data, held_out, classes=10, steps=300, batch=64, seed=0):
-    """A four-layer CNN on images with a little noise on them, so that it does not hang on
-    pixel-perfect edges.  Returns (classifier, accuracy on the held-out images)."""
-    torch.manual_seed(seed)
+def make_classifier(classes=10):
+    """A four-layer CNN, untrained."""
     widths = [3, 16, 32, 64, 64]
     layers = []
     for i, o in zip(widths, widths[1:]):
         layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Flatten(),
-                        nn.Linear(4 * 64, classes)).to(memory_format=torch.channels_last)
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Flatten(),
+                         nn.Linear(4 * 64, classes)).to(memory_format=torch.channels_last)
+
+
+def train_classifier(data, held_out, classes=10, steps=300, batch=64, seed=0):
+    """The CNN, trained on images with a little noise on them, so that it does not hang on
+    pixel-perfect edges.  Returns (classifier, accuracy on the held-out images)."""
+    torch.manual_seed(seed)
+    net = make_classifier(classes)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     for step in tqdm(range(steps), "classifier", unit="step"):
         indices = range(step * batch, (step + 1) * batch)

@@ -1,18 +1,20 @@
 """Chapter 10: the experiments measure what they say, and the README repeats what they found."""
 
 import json
+import subprocess
+import sys
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, launch
+from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dip
 from experiments import __main__ as table
-from experiments import features, head_init, heads, overfit, patch_or_image
+from experiments import features, harness, head_init, heads, overfit, patch_or_image
 from experiments.harness import (
     BASE,
     NOT_SEEN,
@@ -61,11 +63,12 @@ def test_seam_contrast_counts_the_steps_at_the_borders_of_patches(P, step):
     assert seam_contrast(grey(image[None]), P) == pytest.approx(1 + step)
 
 
-def test_an_image_without_detail_has_a_high_frequency_error_of_one():
+def test_an_image_without_detail_has_an_error_of_detail_of_one():
     truth = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
     flat = np.broadcast_to(truth.mean(axis=(0, 1)), truth.shape)[None]
-    assert overfit.high_frequency_error(flat, truth) == pytest.approx(1)
-    assert overfit.high_frequency_error(truth[None], truth) == 0
+    assert overfit.error_of_detail(flat, truth) == pytest.approx(1)
+    assert overfit.error_of_detail(truth[None], truth) == 0
+    assert overfit.error_of_detail(np.stack([truth, *flat]), truth) == pytest.approx(1 / 2)
 
 
 def test_psnr_of_an_error_of_one_level_is_48_decibel():
@@ -125,6 +128,13 @@ def test_a_claim_of_two_measures_needs_both_and_one_of_two_parts_may_refute_it()
     assert all_of([SEEN, UNCLEAR]) == UNCLEAR
 
 
+def test_more_psnr_is_better():
+    rows = [{"model": name, "seed": k, "psnr": psnr + k} for name, psnr in (("x", 20), ("y", 10))
+            for k in range(3)]
+    assert better(rows, "x", "y", ("psnr",))[1] == SEEN
+    assert better(rows, "y", "x", ("psnr",))[1] == NOT_SEEN
+
+
 # What is compared
 
 
@@ -134,10 +144,9 @@ def test_the_bigger_dits_are_the_smallest_that_cost_as_much_as_the_unet_head(reg
     unet, plain = dip.cost(base)[1], base.replace(head="none")
     bigger = heads.BIGGER[regime]
     depth, width = bigger["deeper"]["depth"], bigger["wider"]["hidden_size"]
-    step = 4 * base.num_heads
-    assert dip.cost(plain.replace(depth=depth))[1] >= unet > dip.cost(plain.replace(depth=depth - 1))[1]
-    assert dip.cost(plain.replace(hidden_size=width))[1] >= unet
-    assert unet > dip.cost(plain.replace(hidden_size=width - step))[1]
+    for field, size, step in (("depth", depth, 1), ("hidden_size", width, 4 * base.num_heads)):
+        below = plain.replace(**{field: size - step})
+        assert dip.cost(below)[1] < unet <= dip.cost(plain.replace(**{field: size}))[1]
 
 
 def test_narrow_tokens_are_narrower_than_a_patch_and_wide_ones_wider():
@@ -154,18 +163,21 @@ def test_beginnings_differ_in_the_head_alone(build):
         torch.manual_seed(0)
         weights.append(kind(small).state_dict())
     ours, theirs = weights
-    for name in ours:
-        if not name.startswith("last.head"):
-            assert torch.equal(ours[name], theirs[name])
-    zero = not theirs["last.head.out.weight"].any()
+    differ = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert all(name.startswith("last.head") for name in differ)
+    assert ("last.head.down.0.weight" in differ) == ("PyTorchDefault" in build.__name__)
+    zero = not (theirs["last.head.out.weight"].any() or theirs["last.head.out.bias"].any())
     assert zero == ("LastLayerZero" in build.__name__)
+    average = isinstance(build(small).last.head.pool, torch.nn.AvgPool2d)
+    assert average == (build is head_init.AveragePooling)
 
 
 def test_runs_are_shared_only_if_all_they_depend_on_is_the_same(tmp_path):
-    def folder(config=BASE, seed=0, steps=10, build=dip.DiP, data=None, **training):
-        return Lab(Options(runs=str(tmp_path), data=data)).folder(
-            config, seed, steps, build, training
-        )
+    def folder(
+        config=BASE, seed=0, steps=10, build=dip.DiP, data=None, kind=None, **training
+    ):
+        lab = Lab(Options(runs=str(tmp_path), data=data))
+        return lab.folder(config, seed, steps, build, kind, training)
 
     others = [
         folder(BASE.replace(depth=3)),
@@ -173,10 +185,19 @@ def test_runs_are_shared_only_if_all_they_depend_on_is_the_same(tmp_path):
         folder(steps=11),
         folder(build=head_init.LastLayerZero),
         folder(data=str(tmp_path)),
+        folder(kind=patch_or_image.TreeData(1)),
         folder(lr=1.0),
     ]
     assert folder() == folder()
     assert len({folder(), *others}) == 1 + len(others)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    lab = Lab(Options(runs=str(tmp_path), quick=True, num=20))
+    config = BASE.replace(hidden_size=32, depth=1)
+    first = lab.row("once", config, 0)
+    monkeypatch.setattr(harness, "fit", None)
+    assert lab.row("once", config, 0) == first
 
 
 def test_the_toys_differ_in_what_the_head_sees_alone():
@@ -193,13 +214,13 @@ def test_the_toys_differ_in_what_the_head_sees_alone():
 # What was found
 
 
-def test_every_experiment_runs_to_its_end(tmp_path):
+def test_every_experiment_runs_to_its_end():
     """In the small: trains, measures, judges and draws everything once."""
-    process = launch("-m", "experiments", "--quick", cwd=ROOT)
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
+    command = [sys.executable, "-m", "experiments", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     for name in table.NAMES:
-        assert f"{name}: wrote {name}.json and {name}.png" in out
+        assert f"{name}: wrote {name}.json and {name}.png" in done.stdout
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
