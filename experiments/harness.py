@@ -502,7 +502,7 @@ def conduct(name, argv=None, folder=None):
         if options.fid:
             results["inception"] = lab.inception[1]
         results |= module.measure(lab)
-        if "classifier" in vars(lab):
+        if "frechet" in results["rows"][0]:
             results["classifier_accuracy"] = lab.classifier[1]
         file = re.sub(r"\W+", "-", "-".join([name, *setting(options).split(", ")])).removesuffix(
             "-shapes")

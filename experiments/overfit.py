@@ -18,12 +18,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from experiments import harness
 from experiments.harness import (COLOURS, REGIMES, SAMPLING, Claim, better, conduct,
                                  write_json)
 from fid import read_image
 from sample import generate, run_main, to_uint8
 
 SIZE, STEPS, LOOKS = 96, 400, 8
+TRAINING = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
 MODELS = {"DiT-only": dict(head="none"), "DiP": {}}
 
 
@@ -79,7 +81,7 @@ def measure(lab):
             for seed in lab.seeds:
                 _, clock, out = lab.train(
                     config, seed, steps, data=data, look=look, every=max(1, steps // LOOKS),
-                    batch_size=4, micro_batch=4, label_dropout=0.0)
+                    **TRAINING)
                 looks = [json.loads(p.read_text()) for p in sorted(out.glob("look-*.json"))]
                 images = [x.pop("image") for x in looks]
                 rows.append(dict(regime=regime, model=name, seed=seed, looks=looks, **clock,
@@ -88,7 +90,7 @@ def measure(lab):
                 if seed == 0:
                     pictures[f"{name}, {regime}"] = np.array(images[-1], dtype=np.uint8)
     lab.pictures = data.image, pictures
-    return dict(rows=rows)
+    return dict(setting="one photo", size=SIZE, training=harness.TRAINING | TRAINING, rows=rows)
 
 
 def claims(results):
@@ -97,7 +99,7 @@ def claims(results):
         ours, verdict = better(results["rows"], "DiP", "DiT-only", ("psnr", "detail"),
                                regime=regime)
         found.append(Claim("a DiP learns more of the detail of a single image than a DiT-only",
-                           f"{regime}, one photo", "Fig. 3", "a picture", ours, verdict))
+                           f"{regime}, {results['setting']}", "Fig. 3", "a picture", ours, verdict))
     return found
 
 
