@@ -130,5 +130,7 @@ def draw(results, lab):
     return figure
 
 
+main = partial(conduct, "features")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "features"))
+    run_main(main)

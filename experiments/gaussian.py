@@ -172,5 +172,7 @@ def draw(results, lab):
     return figure
 
 
+main = partial(conduct, "gaussian")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "gaussian"))
+    run_main(main)

@@ -73,5 +73,7 @@ def draw(results, lab):
     return draw_dots(results)
 
 
+main = partial(conduct, "head_init")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "head_init"))
+    run_main(main)

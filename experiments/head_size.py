@@ -61,5 +61,7 @@ def draw(results, lab):
     return drawn
 
 
+main = partial(conduct, "head_size")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "head_size"))
+    run_main(main)

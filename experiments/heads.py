@@ -126,5 +126,7 @@ def draw(results, lab):
     return draw_dots(results, strips=strips)
 
 
+main = partial(conduct, "heads")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "heads"))
+    run_main(main)

@@ -132,5 +132,7 @@ def draw(results, lab):
     return figure
 
 
+main = partial(conduct, "overfit")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "overfit"))
+    run_main(main)

@@ -166,5 +166,7 @@ def draw(results, lab):
     return figure
 
 
+main = partial(conduct, "patch_or_image")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "patch_or_image"))
+    run_main(main)

@@ -53,11 +53,15 @@ def draw(results, lab):
                               textcoords="offset points", xytext=(0, 6), ha="center", size=8,
                               color=colour)
         axes.set(xlabel="GFLOPs a forward", ylabel=AXES[measure], xscale="log")
+        axes.set_xticks((0.03, 0.1, 0.3), ("0.03", "0.1", "0.3"))
+        axes.minorticks_off()
         axes.margins(0.15, 0.2)
         axes.grid(alpha=0.3, which="both")
     panels[0].legend()
     return drawn
 
 
+main = partial(conduct, "patch_size")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "patch_size"))
+    run_main(main)

@@ -43,5 +43,7 @@ def draw(results, lab):
     return draw_dots(results)
 
 
+main = partial(conduct, "placement")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "placement"))
+    run_main(main)

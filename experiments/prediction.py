@@ -44,5 +44,7 @@ def draw(results, lab):
     return draw_dots(results)
 
 
+main = partial(conduct, "prediction")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "prediction"))
+    run_main(main)

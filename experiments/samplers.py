@@ -86,5 +86,7 @@ def draw(results, lab):
     return figure
 
 
+main = partial(conduct, "samplers")
+
 if __name__ == "__main__":
-    run_main(partial(conduct, "samplers"))
+    run_main(main)
