@@ -293,19 +293,25 @@ class Lab:
             found |= fid.compare(side, samples)
         return found
 
+    def once(self, out, name, measure):
+        """What measure() finds, kept beside the run that it measures."""
+        path = out / f"measures-{self.options.num}{name}{'-fid' * bool(self.options.fid)}.json"
+        if not path.exists():
+            write_json(path, measure())
+        return json.loads(path.read_text())
+
     def row(self, name, config, seed, build=DiP, **fields):
         """Train a model, or find it trained, and measure everything: one row of the results."""
         model, clock, out = self.train(config, seed, build=build)
-        path = out / f"measures-{self.options.num}{'-fid' if self.options.fid else ''}.json"
-        if not path.exists():
+
+        def measure():
             tally = validate(model, Examples(self.data[1], 0, "val"), self.device,
                              limit=20 if self.options.quick else 500)
             parameters, flops = cost(config)
-            write_json(path, dict(
-                parameters=parameters, gflops=flops / 1e9, **mean_losses(tally),
-                **self.judge(self.sample(model), config.patch_size)))
-        found = fields | json.loads(path.read_text())
-        row = dict(model=name, seed=seed, **found, **clock)
+            return dict(parameters=parameters, gflops=flops / 1e9, **mean_losses(tally),
+                        **self.judge(self.sample(model), config.patch_size))
+
+        row = dict(model=name, seed=seed, **(fields | self.once(out, "", measure)), **clock)
         print(f"{name}, seed {seed}: " + ", ".join(
             f"{key} {x:.4g}" for key, x in row.items() if isinstance(x, float)), flush=True)
         return row

@@ -134,7 +134,7 @@ def measure(lab):
                 **clock))
             print(toys[-1], flush=True)
             if seed == 0:
-                clouds[name] = np.round(points, 3).tolist()
+                clouds[name] = np.round(points.T, 3).tolist()
     return dict(toy_steps=lab.steps(TOY_STEPS), toy_training=training, rows=rows, toys=toys,
                 clouds=clouds)
 
@@ -159,7 +159,7 @@ def draw(results, lab):
     for axes, (name, points) in zip(panels, results["clouds"].items()):
         for segment in np.array(tree()):
             axes.plot(*segment.T, color=COLOURS[4], linewidth=2.5, solid_capstyle="round", zorder=1)
-        axes.plot(*np.array(points).T, "k.", markersize=0.8, zorder=2)
+        axes.plot(*points, "k.", markersize=0.8, zorder=2)
         ours = [toy["to_tree"] for toy in results["toys"] if toy["model"] == name]
         axes.set(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.1, 1.1), xticks=[], yticks=[])
         axes.set_title(f"head sees: {name}\nmean distance to the tree {np.mean(ours):.4f}", size=10)

@@ -39,7 +39,7 @@ def claims(results):
 
 
 def draw(results, lab):
-    """Quality over operations: a line for each kind of model, a dot a seed."""
+    """Quality over operations: a colour for each kind of model, a dot a seed."""
     drawn, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axes, measure in zip(panels, ("loss", "frechet")):
         for kind, colour in zip(("DiT-only", "DiP"), COLOURS):

@@ -8,14 +8,12 @@ method; and by Euler with guidance of scale 2, everywhere and inside the paper's
 evaluation of the field counts once, guided or not: the paper's "100x2" is 100 here.
 """
 
-import json
 from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.harness import (AXES, COLOURS, REGIMES, Claim, better, conduct, numbers_of,
-                                 write_json)
+from experiments.harness import AXES, COLOURS, REGIMES, Claim, better, conduct, numbers_of
 from sample import SampleOptions, run_main
 
 EVALUATIONS = (6, 12, 24, 48)
@@ -36,12 +34,13 @@ def measure(lab):
         model, _, out = lab.train(config, seed)
         for method, (_, order, settings) in METHODS.items():
             for evaluations in EVALUATIONS[:1] if lab.options.quick else EVALUATIONS:
-                name = f"{method} {evaluations}"
-                path = out / f"measures-{lab.options.num}-{method}-{evaluations}.json"
-                if not path.exists():
+                def measure_it():
                     images = lab.sample(model, steps=evaluations // order, **settings)
-                    write_json(path, lab.judge(images, config.patch_size))
-                rows.append(dict(model=name, seed=seed, **json.loads(path.read_text())))
+                    return lab.judge(images, config.patch_size)
+
+                name = f"{method} {evaluations}"
+                found = lab.once(out, f"-{method}-{evaluations}", measure_it)
+                rows.append(dict(model=name, seed=seed, **found))
                 print(f"{name}, seed {seed}: FD {rows[-1]['frechet']:.2f}", flush=True)
     return dict(rows=rows)
 
