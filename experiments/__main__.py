@@ -17,9 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.harness import BASE, NOT_RUN, SEEN, Claim, conduct
+from experiments.harness import NOT_RUN, SEEN, Claim, conduct
 from sample import option, parse_options, run_main, save_atomically
-from train import open_data
 
 NAMES = ("overfit", "heads", "placement", "head_size", "patch_size", "patch_or_image", "features",
          "prediction", "head_init", "samplers", "gaussian")
@@ -30,7 +29,7 @@ BEGIN, END = "<!-- python -m experiments --readme -->", "<!-- end -->"
 
 @dataclass
 class Options:
-    run: bool = option(False, "run all experiments on the embedded set, and heads on --data too")
+    run: bool = option(False, "run all experiments on the embedded set, and heads on --data")
     data: str | None = option(None, "image folder, with --run", metavar="DIR")
     quick: bool = option(False, "a smoke run of each; writes nothing")
     readme: bool = option(False, "write the table into README.md")
@@ -38,7 +37,8 @@ class Options:
 
 def all_claims():
     """Every experiment's claims, in the order of NAMES, judged by the results that are there."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    results = [json.loads(path.read_text())
+               for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem)]
     found = []
     for name in NAMES:
         mine = [result for result in results if result["experiment"] == name]
@@ -76,17 +76,17 @@ def main():
         raise ValueError("--data is for --run")
     if options.run and options.quick:
         raise ValueError("--run and --quick: one of them")
-    if options.data:
-        open_data(options.data, BASE.image_size)             # an error now, not in hours
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
             for name in NAMES:
                 conduct(name, ["--quick"], folder)
     elif options.run:
+        if options.data:                                     # first: what is wrong shows at once
+            photos = ["--data", options.data, "--no-costs"]
+            conduct("heads", photos)
+            conduct("heads", [*photos, "--steps", "2000", "--regimes", "wide"])
         for name in NAMES:
             conduct(name, [])
-        if options.data:
-            conduct("heads", ["--data", options.data, "--no-costs"])
     if options.readme:
         text = into_readme(README.read_text())
         save_atomically(README, lambda path: path.write_text(text))

@@ -19,12 +19,13 @@ import torch
 from scipy.spatial.distance import cdist
 
 from dip import interpolate
-from experiments.harness import COLOURS, REGIMES, Claim, better, conduct
+from experiments.harness import COLOURS, REGIMES, Claim, DataOptions, better, conduct
 from experiments.placement import MODELS
 from sample import run_main
 from train import Examples, default_collate
 
 TIME, FITTED, HELD_OUT = 0.3, 1000, 500
+Options = DataOptions
 
 
 @torch.no_grad()
@@ -64,9 +65,10 @@ def silhouette(x, y):
 
 def discriminants(x, y):
     """The two directions of largest variance between classes over variance inside them.  (D, 2)"""
-    means = np.stack([x[y == c].mean(axis=0) for c in range(y.max() + 1)])
-    inside = np.cov((x - means[y]).T) + 0.01 * np.eye(x.shape[1])
-    return scipy.linalg.eigh(np.cov(means[y].T), inside)[1][:, :-3:-1]
+    means = np.stack([x[y == c].mean(axis=0) for c in np.unique(y)])
+    nearest = means[np.unique(y, return_inverse=True)[1]]                # (n, D), of the own class
+    inside = np.cov((x - nearest).T) + 0.01 * np.eye(x.shape[1])
+    return scipy.linalg.eigh(np.cov(nearest.T), inside)[1][:, :-3:-1]
 
 
 def measure(lab):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from experiments.harness import moments
 from fid import frechet_distance
 from sample import at_least, option, parse_options, run_main
 
@@ -32,10 +33,6 @@ def by_sqrtm(mu1, sigma1, mu2, sigma2):
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root.real))
 
 
-def gaussian_of(points):
-    return points.mean(axis=0), np.cov(points, rowvar=False)
-
-
 def main():
     options = parse_options(Options, __doc__)
     at_least(1, repeat=options.repeat, dim=options.dim)
@@ -44,7 +41,7 @@ def main():
     print(f"{d} dimensions, seed {options.seed}, n = {options.repeat}")
     for n in (5 * d, d // 2):
         pair = [rng.standard_normal((n, d)) * scale + shift for shift in (0, 0.02)]
-        arguments = [x for points in pair for x in gaussian_of(points)]
+        arguments = [x for points in pair for x in moments(points)]
         times, values = {frechet_distance: [], by_sqrtm: []}, {}
         for _ in range(options.repeat):
             for method in times:

@@ -59,13 +59,12 @@ SAMPLING = dict(sampler="ab2", steps=20)     # without guidance
 
 
 @dataclass
-class Options:
-    data: str | None = option(None, "image folder with train/ and val/ [embedded shapes]",
-                              metavar="DIR")
+class RunOptions:
+    """What every experiment can be told."""
+
+    data = num = fid = None                  # but these only some, below
     seeds: int = option(3, "runs of each model, of the seeds 0, 1, ...")
-    steps: int | None = option(None, "updates of 16 images [500, or the experiment's own]")
-    num: int = option(300, "samples that are measured, and held-out images they are held against")
-    fid: str | None = option(None, "weights of Inception: measure with fid.py too", metavar="FILE")
+    steps: int | None = option(None, "updates of each model [the experiment's own]")
     runs: str = option("runs/experiments", "folder of the runs", metavar="DIR")
     results: str = option("experiments/results", "folder of the JSON", metavar="DIR")
     pictures: str = option("assets", "folder of the pictures", metavar="DIR")
@@ -73,14 +72,33 @@ class Options:
     quick: bool = option(False, "a smoke run of seconds, in a temporary folder")
 
 
-def setting(options):
-    """What the rows are of: the data, and the options that are not the defaults, in words."""
-    words = [Path(options.data).resolve().stem if options.data else "shapes"]
+@dataclass
+class DataOptions(RunOptions):
+    data: str | None = option(None, "image folder with train/ and val/ [embedded shapes]",
+                              metavar="DIR")
+
+
+@dataclass
+class Options(DataOptions):
+    num: int = option(300, "samples that are measured, and held-out images they are held against")
+    fid: str | None = option(None, "weights of Inception: measure with fid.py too", metavar="FILE")
+
+
+def changed(options):
+    """The data and the options that make other rows than the defaults do, in words."""
+    words = [Path(options.data).resolve().name] if options.data else []
     for field in ("steps", "seeds", "num", "size", "regimes"):
-        value = getattr(options, field, None)
-        if not options.quick and value != getattr(type(options), field, None):
-            words.append(f"{field} {' '.join(value) if field == 'regimes' else value}")
-    return ", ".join(words)
+        value, default = (getattr(x, field, None) for x in (options, type(options)))
+        if isinstance(value, list | tuple):
+            value, default = " ".join(value), " ".join(default)
+        if value != default and not options.quick:
+            words.append(f"{field} {value}")
+    return words
+
+
+def digest(*settings):
+    """Ten hexadecimal digits that stand for them."""
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -174,6 +192,11 @@ class Lab:
     def seeds(self):
         return range(self.options.seeds)
 
+    @property
+    def path(self):
+        """Of the data, for the names of files."""
+        return self.options.data and str(Path(self.options.data).resolve())
+
     def steps(self, default=STEPS):
         """How long to train, unless the command line says otherwise."""
         return 2 if self.options.quick else self.options.steps or default
@@ -184,9 +207,9 @@ class Lab:
         data, val_data = open_data(self.options.data, self.size)
         if val_data is None:
             raise ValueError(f"--data {self.options.data} has no val/ with the classes of train/")
-        if len(val_data) < self.options.num:
-            raise ValueError(f"--num {self.options.num}: --data {self.options.data} has only "
-                             f"{len(val_data)} held-out images")
+        if len(val_data) < (self.options.num or 0):
+            raise ValueError(f"--num {self.options.num}: there are only {len(val_data)} held-out "
+                             f"images")
         return (data, val_data) if self.options.data is None else (Cached(data), Cached(val_data))
 
     @cached_property
@@ -205,7 +228,7 @@ class Lab:
             training, steps = ShapesData(self.size, first=2 * 10**6), 300
             held_out = ShapesData(self.size, 1000, first=3 * 10**6)
         steps = 2 if self.options.quick else steps
-        name = f"{setting(Options(data=self.options.data))}-{self.size}-{steps}"
+        name = digest(self.path, self.size, steps)
         path = Path(self.options.runs, f"classifier-{name}.pt")
         if not path.exists():
             order = np.random.default_rng(1).permutation(len(training)).tolist()
@@ -229,11 +252,9 @@ class Lab:
 
     def folder(self, config, seed, steps, build, data, training):
         """Where a run lives: a name made of its settings."""
-        path = self.options.data and str(Path(self.options.data).resolve())
-        key = json.dumps([dataclasses.asdict(config), seed, steps, build.__name__,
-                          data and type(data).__name__, path, training, self.device.type])
-        digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
-        name = f"{config.head}-{config.hidden_size}-{build.__name__}-{seed}-{digest}"
+        key = digest(dataclasses.asdict(config), seed, steps, build.__name__,
+                     data and type(data).__name__, self.path, training, self.device.type)
+        name = f"{config.head}-{config.hidden_size}-{build.__name__}-{seed}-{key}"
         return Path(self.options.runs, name)
 
     def train(self, config, seed, steps=None, build=DiP, data=None, look=look_away, every=None,
@@ -295,7 +316,8 @@ class Lab:
 
     def once(self, out, name, measure):
         """What measure() finds, kept beside the run that it measures."""
-        path = out / f"measures-{self.options.num}{name}{'-fid' * bool(self.options.fid)}.json"
+        weights = f"-{self.inception[1][:10]}" if self.options.fid else ""
+        path = out / f"measures-{self.options.num}{name}{weights}.json"
         if not path.exists():
             write_json(path, measure())
         return json.loads(path.read_text())
@@ -359,9 +381,8 @@ class Claim:
 
 
 SEEN, UNCLEAR, NOT_SEEN, NOT_RUN = "seen", "unclear", "not seen at this scale", "not run"
-LABELS = {"frechet": "FD", "loss": "loss", "high": "high", "psnr": "PSNR", "probe": "accuracy",
-          "silhouette": "silhouette", "ms": "ms", "memory_mib": "MiB", "to_tree": "to the manifold",
-          "from_tree": "from it", "detail": "error of detail"}
+LABELS = {"frechet": "FD", "psnr": "PSNR", "probe": "accuracy", "memory_mib": "MiB",
+          "to_tree": "to the manifold", "from_tree": "from it", "detail": "error of detail"}
 MORE_IS_BETTER = {"psnr", "probe", "silhouette"}
 
 
@@ -401,15 +422,20 @@ def all_of(verdicts):
 
 
 def better(rows, a, b, measures=("frechet", "loss"), **where):
-    """(ours, verdict) of the claim that model a is better than each of the models b."""
-    others, text, verdicts = (b if isinstance(b, tuple) else (b,)), [], []
+    """(ours, verdict) of the claim that model a is better than each of the models b.  Ours has in
+    brackets how many pairs of one seed, which share images, noise and times, say so."""
+    others, text = b if isinstance(b, tuple) else (b,), []
+    verdicts = {other: [] for other in others}
     for measure in measures:
-        mine = numbers_of(rows, measure, model=a, **where)
-        theirs = [numbers_of(rows, measure, model=other, **where) for other in others]
-        text.append(f"{LABELS[measure]} {told(mine)} against {', '.join(map(told, theirs))}")
-        verdicts.append([smaller(x, mine) if measure in MORE_IS_BETTER else smaller(mine, x)
-                         for x in theirs])
-    return "; ".join(text), all_of([agree(parts) for parts in zip(*verdicts)])
+        mine, found = numbers_of(rows, measure, model=a, **where), []
+        for other in others:
+            theirs = numbers_of(rows, measure, model=other, **where)
+            low, high = (theirs, mine) if measure in MORE_IS_BETTER else (mine, theirs)
+            wins = sum(x < y for x, y in zip(low, high))
+            found.append(f"{told(theirs)} ({wins}/{len(theirs)})")
+            verdicts[other].append(smaller(low, high))
+        text.append(f"{LABELS.get(measure, measure)} {told(mine)} against {', '.join(found)}")
+    return "; ".join(text), all_of([agree(found) for found in verdicts.values()])
 
 
 def hardware(device):
@@ -439,18 +465,18 @@ def title_of(regime):
     return f"{regime} tokens" if regime in REGIMES else f"models of size {regime}"
 
 
-def draw_dots(results, measures=("loss", "frechet", "high"), strips=None):
+def draw_dots(results, strips=None):
     """A dot a seed: a row of panels a regime, a panel a measure, a line a model.  Below, if given,
     strips {title: {model: uint8 (n, H, W, 3)}} of samples."""
-    rows = results["rows"]
+    rows, measures = results["rows"], ("loss", "frechet", "high")
     regimes = list(dict.fromkeys(row.get("regime") for row in rows))
     names = list(dict.fromkeys(row["model"] for row in rows))
-    height = 0.27 * len(names) + 0.75
+    height = 0.27 * len(names) + 0.9
     tall = sum(0.52 * len(strip) + 0.4 for strip in (strips or {}).values())
     whole = plt.figure(figsize=(9, height * len(regimes) + tall), layout="constrained")
     upper, *lower = whole.subfigures(1 + bool(strips), 1, squeeze=False, height_ratios=[
         height * len(regimes), *([tall] if strips else [])])[:, 0]
-    panels = upper.subplots(len(regimes), len(measures), squeeze=False, sharey=True, sharex="col")
+    panels = upper.subplots(len(regimes), len(measures), squeeze=False, sharey=True)
     for line, regime in zip(panels, regimes):
         for axes, measure in zip(line, measures):
             for place, name in enumerate(names):
@@ -495,23 +521,26 @@ def conduct(name, argv=None, folder=None):
     module = importlib.import_module(f"experiments.{name}")
     options = parse_options(getattr(module, "Options", Options), module.__doc__, argv)
     at_least(1, seeds=options.seeds, steps=1 if options.steps is None else options.steps)
-    at_least(20, num=options.num)
+    if options.num is not None:
+        at_least(20, num=options.num)
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
-            options.seeds, options.num = 1, 20
+            options.seeds, options.num = 1, options.num and 20
             options.runs = options.results = options.pictures = folder or scratch
-        lab = Lab(options)
+        lab, words, steps = Lab(options), changed(options), getattr(module, "STEPS", STEPS)
+        setting = words if options.data else [getattr(module, "DATA", "shapes"), *words]
+        if steps != STEPS and not options.steps:
+            setting = [*setting, f"steps {steps}"]
         results = dict(
-            experiment=name, setting=setting(options), seeds=list(lab.seeds), num=options.num,
-            steps=lab.steps(getattr(module, "STEPS", STEPS)), size=lab.size, training=TRAINING,
-            sampling=SAMPLING, hardware=hardware(lab.device), torch=torch.__version__)
+            experiment=name, setting=", ".join(setting), seeds=list(lab.seeds), num=options.num,
+            steps=lab.steps(steps), size=lab.size, training=TRAINING, sampling=SAMPLING,
+            hardware=hardware(lab.device), torch=torch.__version__)
         if options.fid:
             results["inception"] = lab.inception[1]
         results |= module.measure(lab)
         if "frechet" in results["rows"][0]:
             results["classifier_accuracy"] = lab.classifier[1]
-        file = re.sub(r"\W+", "-", "-".join([name, *setting(options).split(", ")])).removesuffix(
-            "-shapes")
+        file = re.sub(r"\W+", "-", "-".join([name, *words]))
         path, picture = Path(options.results, f"{file}.json"), Path(options.pictures, f"{file}.png")
         write_json(path, results)
         results = json.loads(path.read_text())
@@ -521,4 +550,4 @@ def conduct(name, argv=None, folder=None):
         figure = module.draw(results, lab)
         save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
         plt.close(figure)
-        print(f"{name}: wrote {path.name} and {picture.name}", flush=True)
+        print(f"{name}: wrote {path} and {picture}", flush=True)

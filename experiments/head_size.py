@@ -33,9 +33,9 @@ def claims(results):
     for claim, paper, a, b in (
         ("2 stages are better than 1", "yes", (2, 16), (1, 16)),
         ("3 stages are better than 2", "yes, by less", (3, 16), (2, 16)),
-        ("4 stages are better than 3", "saturates", (4, 16), (3, 16)),
+        ("4 stages are better than 3", "hardly: saturates", (4, 16), (3, 16)),
         ("a width of 16 is better than 4", "a curve", (4, 16), (4, 4)),
-        ("a width of 32 is better than 16", "no sustained gain", (4, 32), (4, 16)),
+        ("a width of 32 is better than 16", "no: no sustained gain", (4, 32), (4, 16)),
     ):
         a, b = (f"depth {depth}, width {width}" for depth, width in (a, b))
         found.append(Claim(f"U-Net head: {claim}", f"patch 16, {results['setting']}", "Fig. 10a",

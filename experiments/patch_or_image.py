@@ -149,7 +149,8 @@ def claims(results):
     for claim, other in (("the image", "image"), ("the image, enlarged", "image, enlarged")):
         ours, verdict = better(toys, "patch", other, ("to_tree", "from_tree"))
         found.append(Claim(f"a head that sees one patch fits the manifold better than one that "
-                           f"sees {claim}", "toy", "Fig. 12", "a picture", ours, verdict))
+                           f"sees {claim}", f"toy, steps {results['toy_steps']}", "Fig. 12",
+                           "a picture", ours, verdict))
     return found
 
 

@@ -1,6 +1,7 @@
 """Chapter 10: the experiments measure what they say, and the README repeats what they found."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -24,6 +25,7 @@ from experiments.harness import (
     Options,
     all_of,
     better,
+    changed,
     power_spectrum,
     seam_contrast,
     smaller,
@@ -135,6 +137,14 @@ def test_more_psnr_is_better():
     assert better(rows, "y", "x", ("psnr",))[1] == NOT_SEEN
 
 
+def test_in_brackets_is_how_many_pairs_of_one_seed_agree():
+    rows = [{"model": name, "seed": seed, "loss": x, "psnr": x} for name, numbers in
+            (("x", (1, 5, 3)), ("y", (2, 4, 6))) for seed, x in enumerate(numbers)]
+    assert better(rows, "x", "y", ("loss",))[0] == "loss 3.00 ± 2.00 against 4.00 ± 2.00 (2/3)"
+    assert better(rows, "x", "y", ("psnr",))[0].endswith("(1/3)")
+    assert better(rows[::-1], "x", "y", ("loss",)) == better(rows, "x", "y", ("loss",))
+
+
 # What is compared
 
 
@@ -192,6 +202,14 @@ def test_runs_are_shared_only_if_all_they_depend_on_is_the_same(tmp_path):
     assert len({folder(), *others}) == 1 + len(others)
 
 
+def test_results_are_named_by_what_differs_from_the_defaults():
+    """The bug it forbids: rows of other settings written over those in the README."""
+    assert changed(heads.Options()) == changed(heads.Options(regimes=["narrow", "wide"])) == []
+    other = heads.Options(data="folder/my.photos", steps=7, regimes=["wide"])
+    assert changed(other) == ["my.photos", "steps 7", "regimes wide"]
+    assert changed(heads.Options(data="folder/shapes")) == ["shapes"]
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     lab = Lab(Options(runs=str(tmp_path), quick=True, num=20))
     config = BASE.replace(hidden_size=32, depth=1)
@@ -220,7 +238,7 @@ def test_every_experiment_runs_to_its_end():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in table.NAMES:
-        assert f"{name}: wrote {name}.json and {name}.png" in done.stdout
+        assert re.search(f"{name}: wrote .*{name}.json and .*{name}.png", done.stdout)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
