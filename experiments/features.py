@@ -113,7 +113,7 @@ def claims(results):
 
 def draw(results, lab):
     """Held-out images in the plane of the discriminants: a row a regime, a column a model."""
-    colours = [*COLOURS, "#F0E442", "#999933", "#882255"]
+    colours = [*COLOURS, "#F0E442", "#882255"]
     figure, panels = plt.subplots(len(REGIMES), len(MODELS), figsize=(10, 5.6),
                                   layout="constrained")
     for axes, cloud in zip(panels.ravel(), results["clouds"]):

@@ -456,7 +456,8 @@ def write_json(path, content):
 # -------------------------------------------------------------------------------------------------
 # Pictures
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555",
+           "#999933")
 AXES = {"frechet": "Fréchet distance", "loss": "flow matching loss",
         "high": "error of high frequencies, dB"}
 

@@ -10,7 +10,8 @@ head, made deeper and wider until they cost what the U-Net head costs, or more. 
 tokens narrower than a patch's 192 numbers, and with wider ones.  The MLP's hidden layers have 5/3
 of a patch's numbers, as in DiP-XL; the others are scaled down with the U-Net.  Operations of a head
 over those of the U-Net head, narrow (DiP-XL): MLP 0.3 (0.1), coordinate 0.5 (1.5), attention 1.4
-(3.4).  Time is that of forward and backward of a batch of 32, medians of three rounds of turns;
+(3.4).  At its lowest level the U-Net has 64 channels, a third of a patch's numbers; DiP-XL has two
+thirds (512 of 768), and so has the U-Net twice as wide, for four times the operations.  Time is that of forward and backward of a batch of 32, medians of three rounds of turns;
 memory what the same adds to a fresh process.
 """
 
@@ -28,6 +29,7 @@ MODELS = {
     "coordinate": dict(head="coordinate", head_width=16, head_depth=2),
     "attention": dict(head="attention", head_width=32, head_depth=1),
     "unet": dict(head="unet"),
+    "unet, twice as wide": dict(head="unet", head_width=2 * harness.BASE.head_width),
     "deeper": dict(head="none"),
     "wider": dict(head="none"),
 }
@@ -90,6 +92,8 @@ QUALITY = (    # claim, the paper's figures, the better model, the worse
      "unet", "deeper"),
     ("a U-Net head is better than a wider DiT of as many operations", "FID 2.16 against 4.28",
      "unet", "wider"),
+    ("a U-Net head twice as wide is better than none", "FID 2.16 against 5.28",
+     "unet, twice as wide", "none"),
     ("a wider DiT is better than a deeper one", "FID 4.28 against 4.91", "wider", "deeper"),
     ("no head is better than an MLP head", "FID 5.28 against 6.92", "none", "mlp"),
     ("an attention head is better than none", "FID 2.98 against 5.28", "attention", "none"),

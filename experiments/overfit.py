@@ -11,6 +11,7 @@ over power of the image, both in the upper half of the frequencies; an image wit
 """
 
 import json
+from dataclasses import dataclass
 from functools import partial
 
 import matplotlib
@@ -19,14 +20,19 @@ import numpy as np
 import torch
 
 from experiments import harness
-from experiments.harness import (COLOURS, REGIMES, SAMPLING, Claim, better, conduct,
+from experiments.harness import (COLOURS, REGIMES, SAMPLING, Claim, RunOptions, better, conduct,
                                  write_json)
 from fid import read_image
-from sample import generate, run_main, to_uint8
+from sample import generate, option, run_main, to_uint8
 
-SIZE, STEPS, LOOKS = 96, 400, 8
+DATA, SIZE, STEPS, LOOKS = "one photo", 96, 800, 8
 TRAINING = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
 MODELS = {"DiT-only": dict(head="none"), "DiP": {}}
+
+
+@dataclass
+class Options(RunOptions):
+    data: str | None = option(None, "a photo [one that comes with matplotlib]", metavar="PHOTO")
 
 
 class OneImage:
@@ -90,7 +96,7 @@ def measure(lab):
                 if seed == 0:
                     pictures[f"{name}, {regime}"] = np.array(images[-1], dtype=np.uint8)
     lab.pictures = data.image, pictures
-    return dict(setting="one photo", size=SIZE, training=harness.TRAINING | TRAINING, rows=rows)
+    return dict(size=SIZE, training=harness.TRAINING | TRAINING, rows=rows)
 
 
 def claims(results):
