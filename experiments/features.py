@@ -19,7 +19,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from dip import interpolate
-from experiments.harness import COLOURS, REGIMES, Claim, DataOptions, better, conduct
+from experiments.harness import COLOURS, REGIMES, Claim, DataOptions, better, conduct, numbers_of
 from experiments.placement import MODELS
 from sample import run_main
 from train import Examples, default_collate
@@ -121,10 +121,10 @@ def draw(results, lab):
             mine = np.array(cloud["labels"]) == k
             axes.plot(np.array(cloud["x"])[mine], np.array(cloud["y"])[mine], ".", markersize=3,
                       color=colours[k % len(colours)], label=name)
-        ours = [row for row in results["rows"]
-                if (row["regime"], row["model"]) == (cloud["regime"], cloud["model"])]
+        accuracy, = numbers_of(results["rows"], "probe", regime=cloud["regime"],
+                               model=cloud["model"], seed=0)
         axes.set_title(f"{cloud['model']}, {cloud['regime']} tokens\n"
-                       f"accuracy {np.mean([row['probe'] for row in ours]):.2f}", size=9)
+                       f"seed 0, accuracy {accuracy:.2f}", size=9)
         axes.set_xticks([])
         axes.set_yticks([])
     handles, names = panels[0, 0].get_legend_handles_labels()

@@ -7,12 +7,14 @@ Table 2: which head, if any, and is it better than a bigger DiT?
 
 The same backbone ends plainly (none), or in each of the four heads; beside it stand DiTs without a
 head, made deeper and wider until they cost what the U-Net head costs, or more.  All of it with
-tokens narrower than a patch's 192 numbers, and with wider ones.  The MLP's hidden layers have 5/3
-of a patch's numbers, as in DiP-XL; the others are scaled down with the U-Net.  Operations of a head
-over those of the U-Net head, narrow (DiP-XL): MLP 0.3 (0.1), coordinate 0.5 (1.5), attention 1.4
-(3.4).  At its lowest level the U-Net has 64 channels, a third of a patch's numbers; DiP-XL has two
-thirds (512 of 768), and so has the U-Net twice as wide, for four times the operations.  Time is that of forward and backward of a batch of 32, medians of three rounds of turns;
-memory what the same adds to a fresh process.
+tokens narrower than a patch's 192 numbers, and with wider ones.
+
+At its lowest level the U-Net has 64 channels, a third of a patch's numbers; in DiP-XL it is two
+thirds (512 of 768), and so it is in the U-Net twice as wide, for four times the operations.  The
+MLP's hidden layers have 5/3 of a patch's numbers, as in DiP-XL.  Operations of a head over those of
+the U-Net head, narrow (DiP-XL): MLP 0.3 (0.1), coordinate 0.5 (1.5), attention 1.4 (3.4).  Time is
+that of forward and backward of a batch of 32, medians of three rounds of turns; memory what the
+same adds to a fresh process.
 """
 
 import statistics
