@@ -455,6 +455,9 @@ def run_main(main):
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)          # gloo's threads sometimes abort an interpreter that shuts down
     sys.exit(code)
 
 
