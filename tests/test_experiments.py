@@ -238,7 +238,8 @@ def test_every_experiment_runs_to_its_end():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in table.NAMES:
-        assert re.search(f"{name}: wrote .*{name}.json and .*{name}.png", done.stdout)
+        wrote = rf"(?m)^{name}: wrote \S*/{name}\.json and \S*/{name}\.png$"
+        assert re.search(wrote, done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
