@@ -1,9 +1,9 @@
 """
 DiP: Taming Diffusion Models in Pixel Space, in one file.
 
-A diffusion transformer cuts the image into large patches, one token each, and decides what
-goes where.  A small Patch Detailer Head then looks at every noisy patch again, pixel by pixel,
-with its token at hand, and draws the detail that a token is too coarse to carry (Sec. 3.3, Fig. 6).
+A diffusion transformer cuts the image into large patches, one token each, and decides what goes
+where.  A small Patch Detailer Head then looks at every noisy patch again, pixel by pixel, together
+with its token, and draws the detail that a token is too coarse to carry (Sec. 3.3, Fig. 6).
 
     x_t (B, 3, H, W) --> patchify --> (B, N, 3, P, P) -------------.
                                             |                      |  noisy pixels
@@ -18,19 +18,22 @@ Conventions, stated here once:
     * Images are float (B, 3, H, W) in [-1, 1]; labels are int64 (B,).  Label `num_classes`
       is the null class, "no label", which guidance needs.
     * Eq. (6): x_t = (1 - t) x_0 + t eps.  t = 0 is data, t = 1 is noise, t is float (B,) in [0, 1].
-    * The model returns the velocity v = d x_t / dt = eps - x_0; sampling walks from t = 1 to t = 0.
+    * The model returns the velocity v = d x_t / dt = eps - x_0; sampling goes from t = 1 to t = 0.
     * Patches are in row-major order.  H and W need not be equal; both must be multiples of P.
     * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, D token width.
       Inside a head: M inputs at a time (M = B N patches, or B images) and C, the head's width.
 
-Equations, tables and sections are those of the paper (arXiv 2511.18822).  The mark `paper silent
-[what]` stands where it leaves a choice open or contradicts itself; the README gives the reasons.
+The network is the one the authors released (github.com/NJU-PCALab/DiP): `from_release` maps their
+weights onto it.  Equations, tables and sections are those of the paper (arXiv 2511.18822).  The
+mark `paper silent [what]` stands where paper and release leave a choice open, contradict each
+other, or are not followed; the README gives the reasons.
 
 `python dip.py` prints the size and cost of every preset beside the paper's size.
 """
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -39,30 +42,6 @@ import torch.nn.functional as F
 
 # -------------------------------------------------------------------------------------------------
 # Configuration
-
-HEAD_SIZES = {           # (head_width, head_depth) where the configuration does not say
-    "none": (0, 0),
-    "unet": (64, 4),         # base channels, down/up-sampling stages: Table 4
-    "mlp": (1280, 2),        # paper silent [MLP head]: hidden size and layers that give 630 M
-    "coordinate": (64, 4),   # width, blocks: PixNerd, and the 700 M of Table 2
-    "attention": (64, 10),   # paper silent [attention head]: width and blocks that give 630 M
-}
-ATTENTION_HEAD_DIM = 16  # inside the intra-patch attention head
-
-
-def check_choice(field, value, choices):
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"{field}={value!r} is not one of: {', '.join(map(str, choices))}")
-
-
-def check_multiple(field, value, divisor, divisor_name):
-    """Refuse a value that is not a positive multiple of the divisor; name the nearest."""
-    if value % divisor or value < divisor:
-        below = value // divisor * divisor
-        fits = ", ".join(str(n) for n in (below, below + divisor) if n > 0)
-        raise ValueError(f"{field}={value} is not a multiple of {divisor_name}={divisor}; "
-                         f"nearest that fit: {fits}")
 
 
 @dataclass(frozen=True)
@@ -75,69 +54,21 @@ class DiPConfig:
     depth: int = 26              # L, transformer blocks
     num_heads: int = 16
     num_classes: int = 1000
-    head: str = "unet"           # Table 2: unet, mlp, coordinate, attention; none = DiT-only
-    head_width: int | None = None    # Fig. 10a: base channels; None = the head's own default
-    head_depth: int | None = None    # Fig. 10a: down/up-sampling stages, or layers
+    head: str = "unet"           # Table 2: a name in HEADS; none = DiT-only
+    head_width: int = 0          # Fig. 10a: base channels; 0 = the head's own default
+    head_depth: int = 0          # Fig. 10a: down/up-sampling stages, or layers; 0 = its default
     head_input: str = "patch"    # Fig. 11: patch, or image
     placement: str = "post-hoc"  # Fig. 5: post-hoc, intermediate, hybrid
     prediction: str = "v"        # what the network's last layer draws: velocity v, or clean image x
-    repa_dim: int = 0            # REPA: width of the frozen encoder's tokens; 0 = no REPA
+    repa_dim: int = 0            # REPA: width of the frozen encoder's features; 0 = no REPA
 
     def __post_init__(self):
-        check_choice("head", self.head, tuple(HEAD_SIZES))
-        for field, default in zip(("head_width", "head_depth"), HEAD_SIZES[self.head]):
-            if getattr(self, field) is None:
-                object.__setattr__(self, field, default)         # the way round frozen=True
-        optional = {"repa_dim"} | ({"head_width", "head_depth"} if self.head == "none" else set())
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in optional else 1
-            if field.type is not str and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{field.name}={value!r} must be a whole number, at least {least}")
-        check_choice("head_input", self.head_input, ("patch", "image"))
-        check_choice("placement", self.placement, ("post-hoc", "intermediate", "hybrid"))
-        check_choice("prediction", self.prediction, ("v", "x"))
-        check_multiple("image_size", self.image_size, self.patch_size, "patch_size")
-        check_multiple("hidden_size", self.hidden_size, 4 * self.num_heads, "4 * num_heads")
-        if self.head == "unet":
-            check_multiple("patch_size", self.patch_size, 2**self.head_depth, "2 ** head_depth")
-        if self.head == "attention":
-            check_multiple("head_width", self.head_width, ATTENTION_HEAD_DIM, "its head size")
-        if self.head_input == "image" and self.head != "unet":
-            raise ValueError(f"head_input='image' needs head='unet', not head={self.head!r}")
-        if self.placement != "post-hoc" and (self.head == "none" or self.depth < 2):
-            raise ValueError(f"placement={self.placement!r} needs a head and depth >= 2; "
-                             f"head={self.head!r}, depth={self.depth}")
+        check(self)
 
     def replace(self, **changes):
-        """A copy with some fields changed.  Unlike with dataclasses.replace, a new kind of head
-        brings its own default width and depth."""
-        if changes.get("head", self.head) != self.head:
-            changes = {"head_width": None, "head_depth": None} | changes
+        """A copy with some fields changed, and checked."""
         return dataclasses.replace(self, **changes)
 
-
-XL = DiPConfig()
-PRESETS = {
-    # Table 2, the DiT-only baselines
-    "DiT-XL/16": XL.replace(head="none"),
-    "DiT-XL-deep/16": XL.replace(head="none", depth=32),
-    "DiT-XL-1280/16": XL.replace(head="none", hidden_size=1280),
-    "DiT-XL-1536/16": XL.replace(head="none", hidden_size=1536),
-    # Table 2, the heads; Table 3, 512 x 512
-    "DiP-XL/16": XL,
-    "DiP-XL/16-mlp": XL.replace(head="mlp"),
-    "DiP-XL/16-coordinate": XL.replace(head="coordinate"),
-    "DiP-XL/16-attention": XL.replace(head="attention"),
-    "DiP-XL/32": XL.replace(image_size=512, patch_size=32),
-    # Smaller budgets, not in the paper: the usual sizes of vision transformers, with narrower heads
-    "DiP-L/16": XL.replace(hidden_size=1024, depth=24, head_width=48),
-    "DiP-B/16": XL.replace(hidden_size=768, depth=12, num_heads=12, head_width=32),
-    "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
-    "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),
-    # For a CPU
-    "DiP-Nano/16": XL.replace(image_size=48, hidden_size=192, depth=6, num_heads=6, num_classes=10,
-                              head_width=8, prediction="x"),
-}
 
 # -------------------------------------------------------------------------------------------------
 # Patches: one pair of functions, inverse to each other, for everybody
@@ -145,18 +76,19 @@ PRESETS = {
 
 def patchify(x, P):
     """Cut images into squares, row by row.  x (B, 3, H, W) -> (B, N, 3, P, P)"""
-    for side, size in zip(("height", "width"), x.shape[-2:]):
-        check_multiple(f"image {side}", size, P, "patch_size")
-    x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))        # (B, 3, H/P, P, W/P, P)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)         # (B, N, 3, P, P)
+    B, C, H, W = x.shape
+    check_multiple("image height", H, P, "patch_size")
+    check_multiple("image width", W, P, "patch_size")
+    x = x.reshape(B, C, H // P, P, W // P, P)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, P, P)
 
 
 def unpatchify(patches, size):
     """Put the squares back.  patches (B, N, 3, P, P), size (H, W) -> (B, 3, H, W)"""
+    B, _, C, P, _ = patches.shape
     H, W = size
-    P = patches.shape[-1]
-    x = patches.unflatten(1, (H // P, W // P))               # (B, H/P, W/P, 3, P, P)
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    x = patches.reshape(B, H // P, W // P, C, P, P)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -172,18 +104,22 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         """t (B,) -> (B, D)"""
-        # paper silent [time embedding]: frequencies 1 to 0.1, DDT's, smooth in t
-        k = torch.arange(128, device=t.device, dtype=torch.float32)
-        angles = t.float()[:, None] * 10 ** (-k / 128)               # (B, 128)
+        angles = t.float()[:, None] * time_frequencies(t.device)     # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+def time_frequencies(device=None, dtype=torch.float32):
+    """w_k = 10^(-k/128), from 1 to about 0.1: smooth in t.  -> (128,)"""
+    # paper silent [time embedding]: the release's, which are DDT's
+    return 10 ** (-torch.arange(128, device=device, dtype=dtype) / 128)
 
 
 def rope_angles(rows, columns, d, device=None):
     """Rotary angles of a grid of tokens: d/4 of them by row, d/4 by column.  -> (N, d/2)"""
-    # paper silent [positions]: integers; DDT spreads them over [0, 16], here a step of 16/15
+    # paper silent [positions]: as in the release, rows and columns each spread over [0, 16]
     frequencies = 10000 ** (-torch.arange(d // 4, device=device) / (d // 4))
-    row, column = torch.meshgrid(torch.arange(rows, device=device),
-                                 torch.arange(columns, device=device), indexing="ij")
+    row, column = torch.meshgrid(torch.linspace(0, 16, rows, device=device),
+                                 torch.linspace(0, 16, columns, device=device), indexing="ij")
     return torch.cat([row.flatten()[:, None] * frequencies,              # (N, d/4)
                       column.flatten()[:, None] * frequencies], dim=1)   # (N, d/4)
 
@@ -206,7 +142,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.q_norm = nn.RMSNorm(D // num_heads, eps=1e-6)   # eps: DDT
+        self.q_norm = nn.RMSNorm(D // num_heads, eps=1e-6)   # eps: the release
         self.k_norm = nn.RMSNorm(D // num_heads, eps=1e-6)
         self.out = nn.Linear(D, D)
 
@@ -214,7 +150,7 @@ class Attention(nn.Module):
         """s (B, N, D), rope = cos, sin (N, d/2) -> (B, N, D)    with d = D / num_heads"""
         q, k, v = self.qkv(s).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q = rotate(self.q_norm(q.float()), rope).type_as(v)  # (B, heads, N, d)
-        k = rotate(self.k_norm(k.float()), rope).type_as(v)  # norms, turns in float32
+        k = rotate(self.k_norm(k.float()), rope).type_as(v)  # norms and rotations in float32
         s = F.scaled_dot_product_attention(q, k, v)
         return self.out(s.transpose(1, 2).flatten(2))
 
@@ -240,7 +176,7 @@ def modulate(s, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+    """Attention, then SwiGLU, each shifted, scaled and gated by the condition (adaLN)."""
 
     def __init__(self, D, num_heads, condition_dim):
         super().__init__()
@@ -259,29 +195,41 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Patch Detailer Heads (Sec. 3.4, Table 2).  Each one maps noisy pixels and their context to pixels:
+# Patch Detailer Heads (Sec. 3.4, Table 2).  Each maps noisy pixels and their context to pixels:
 #
 #     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)
 #
-# Patch input: M = B N patches of P x P pixels, each with one token (h' = w' = 1) and deaf to the
-# others.  Image input: M = B images with their whole map of tokens.
+# Patch input: M = B N patches of P x P pixels, each with one token (h' = w' = 1) and independent of
+# the others.  Image input: M = B images with their whole map of tokens.  A new head is a class like
+# these and a line in HEADS.  WIDTH and DEPTH are what head_width=0 and head_depth=0 stand for.
+
+
+def in_float32(layer, x):
+    """A last layer's product is float32 even under autocast: prediction="x" divides it by t."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
 
 
 class UNetHead(nn.Module):
     """Convolutional U-Net (Fig. 6, Table 4): a patch of 16 goes down to 1 x 1, meets its token, and
     comes up again.  With other patches, depths or inputs the bottleneck may be wider than that."""
 
+    WIDTH, DEPTH = 64, 4                     # Table 4: base channels, down/up-sampling stages
+
     def __init__(self, config):
         super().__init__()
-        C, depth, D = config.head_width, config.head_depth, config.hidden_size
-        down = [C * 2**i for i in range(depth)]              # 64, 128, 256, 512
-        up = [C, *down[:-1]]                                 # 64,  64, 128, 256, deepest last
-        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([3, *down], down))
-        self.pool = nn.MaxPool2d(2)          # paper silent [pooling]: max or average
-        # paper silent [bottleneck]: Sec. 4.1 says kernel 3, but only 1 x 1 adds just "0.3 %"
-        self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)
-        self.up = nn.ModuleList(nn.Conv2d(2 * i, o, 3, padding=1)
-                                for i, o in zip(down[::-1], up[::-1]))
+        C, D = config.head_width or self.WIDTH, config.hidden_size
+        down = [C * 2**i for i in range(config.head_depth or self.DEPTH)]
+        inputs, up, outputs = [3, *down[:-1]], down[::-1], [*down[-2::-1], C]
+        self.down = nn.ModuleList(           # 3 -> 64 -> 128 -> 256 -> 512, pooled after each
+            nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, down))
+        self.pool = nn.MaxPool2d(2)          # paper silent [pooling]: the release has max
+        # paper silent [bottleneck]: the release's; Sec. 4.1 says kernel 3
+        self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)           # 512 + D -> 512
+        self.up = nn.ModuleList(             # 512 -> 512, 256 -> 256, 128 -> 128, 64 -> 64
+            nn.ConvTranspose2d(c, c, 2, stride=2) for c in up)
+        self.merge = nn.ModuleList(          # 512 + 512 -> 256 -> 128 -> 64 -> 64, with the skips
+            nn.Conv2d(2 * c, o, 3, padding=1) for c, o in zip(up, outputs))
         self.out = nn.Conv2d(C, 3, 1)
 
     def forward(self, x, s):
@@ -294,20 +242,22 @@ class UNetHead(nn.Module):
             x = self.pool(x)                                 # (M, 64,  8,  8) ... (M, 512, 1, 1)
         s = F.interpolate(s, size=x.shape[-2:], mode="nearest")      # (M, D, 1, 1), or copies of it
         x = F.silu(self.bottleneck(torch.cat([x, s.type_as(x)], dim=1)))
-        for conv in self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = F.silu(conv(torch.cat([x, skips.pop()], dim=1)))
-                                                             # (M, 256, 2, 2) ... (M, 64, 16, 16)
-        return self.out(x)                                   # (M, 3, 16, 16)
+        for up, merge in zip(self.up, self.merge):
+            x = torch.cat([up(x), skips.pop()], dim=1)       # (M, 1024, 2, 2) ... (M, 128, 16, 16)
+            x = F.silu(merge(x))                             # (M,  256, 2, 2) ... (M,  64, 16, 16)
+        return in_float32(self.out, x)                       # (M, 3, 16, 16)
 
 
 class MLPHead(nn.Module):
-    """Standard MLP on the token and the flattened patch: no idea of which pixels are neighbours."""
+    """Standard MLP on the token and the flattened patch, which does not know which pixels are
+    neighbours."""
+
+    WIDTH, DEPTH = 1280, 2                   # paper silent [MLP head]: what gives 630 M
 
     def __init__(self, config):
         super().__init__()
         pixels = 3 * config.patch_size**2
-        hidden = [config.head_width] * config.head_depth
+        hidden = [config.head_width or self.WIDTH] * (config.head_depth or self.DEPTH)
         widths = [config.hidden_size + pixels, *hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, hidden))
         self.out = nn.Linear(hidden[-1], pixels)
@@ -317,21 +267,25 @@ class MLPHead(nn.Module):
         h = torch.cat([s.flatten(1), x.flatten(1)], dim=1)   # (M, D + 3PP)
         for layer in self.layers:
             h = F.silu(layer(h))                             # (M, C)
-        return self.out(h).view(x.shape)
+        return in_float32(self.out, h).view(x.shape)
+
+
+def cosine_basis(P, device=None):
+    """The 8 x 8 lowest DCT-II frequencies at each pixel of a patch, in row-major order: (PP, 64)"""
+    position = (torch.arange(P, device=device) + 0.5) / P
+    cosines = torch.cos(math.pi * position[:, None] * torch.arange(8, device=device))    # (P, 8)
+    return torch.einsum("ia,jb->ijab", cosines, cosines).reshape(P * P, 64)
 
 
 class CoordinateHead(nn.Module):
     """Coordinate-based MLP, after PixNerd (arXiv 2507.23268): a hypernetwork.  The token writes the
     weights of a small residual MLP, which every pixel then runs on its own colour and position."""
 
+    WIDTH, DEPTH = 64, 4                     # PixNerd's width; four blocks give Table 2's 700 M
+
     def __init__(self, config):
         super().__init__()
-        C, P, depth = config.head_width, config.patch_size, config.head_depth
-        self.C = C
-        position = (torch.arange(P) + 0.5) / P
-        cosines = torch.cos(math.pi * position[:, None] * torch.arange(8))           # (P, 8) DCT-II
-        basis = torch.einsum("ia,jb->ijab", cosines, cosines).reshape(P * P, 64)     # (PP, 64)
-        self.register_buffer("basis", basis, persistent=False)
+        C, depth = config.head_width or self.WIDTH, config.head_depth or self.DEPTH
         self.embed = nn.Linear(3 + 64, C)
         self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-6) for _ in range(depth))
         # paper silent [coordinate head]: no bias; Linear(1152, 16384) four times
@@ -342,39 +296,42 @@ class CoordinateHead(nn.Module):
 
     def forward(self, x, s):
         """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
-        M, C = len(x), self.C
+        M, C = len(x), self.out.in_features
+        basis = cosine_basis(x.shape[-1], x.device).expand(M, -1, -1)        # (M, PP, 64)
         colour = x.flatten(2).transpose(1, 2)                                # (M, PP, 3)
-        h = self.embed(torch.cat([colour, self.basis.expand(M, -1, -1)], dim=2)).float()
+        h = self.embed(torch.cat([colour, basis], dim=2)).float()            # (M, PP, C)
         for norm, writer in zip(self.norms, self.writers):
-            w1, w2 = writer(s.flatten(1)).chunk(2, dim=1)                    # (M, 2CC) each
+            w1, w2 = writer(s.flatten(1)).float().chunk(2, dim=1)            # (M, 2CC) each
             w1 = F.normalize(w1.view(M, C, 2 * C), dim=1)                    # columns of length 1
             w2 = F.normalize(w2.view(M, 2 * C, C), dim=1)
             h = h + F.silu(norm(h) @ w1) @ w2                                # (M, PP, C)
-        return self.out(self.norm(h)).transpose(1, 2).reshape(x.shape)
+        return in_float32(self.out, self.norm(h)).transpose(1, 2).reshape(x.shape)
 
 
 class AttentionHead(nn.Module):
     """Intra-patch attention: the backbone's block again, with the pixels of one patch as tokens and
     the patch's own token as condition."""
 
+    WIDTH, DEPTH = 64, 10                    # paper silent [attention head]: what gives 630 M
+    HEAD_DIM = 16                            # d
+
     def __init__(self, config):
         super().__init__()
-        C = config.head_width
+        C, depth = config.head_width or self.WIDTH, config.head_depth or self.DEPTH
         self.embed = nn.Linear(3, C)
-        self.blocks = nn.ModuleList(Block(C, C // ATTENTION_HEAD_DIM, config.hidden_size)
-                                    for _ in range(config.head_depth))
+        self.blocks = nn.ModuleList(Block(C, C // self.HEAD_DIM, config.hidden_size)
+                                    for _ in range(depth))
         self.norm = nn.RMSNorm(C, eps=1e-6)
         self.out = nn.Linear(C, 3)
 
     def forward(self, x, s):
         """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
-        angles = rope_angles(*x.shape[-2:], ATTENTION_HEAD_DIM, x.device)    # (PP, 8)
+        angles = rope_angles(*x.shape[-2:], self.HEAD_DIM, x.device)         # (PP, 8)
         rope = angles.cos(), angles.sin()
-        c = F.silu(s.flatten(1))                                             # (M, D)
         h = self.embed(x.flatten(2).transpose(1, 2)).float()                 # (M, PP, C)
         for block in self.blocks:
-            h = block(h, c, rope)
-        return self.out(self.norm(h)).transpose(1, 2).reshape(x.shape)
+            h = block(h, s.flatten(1), rope)
+        return in_float32(self.out, self.norm(h)).transpose(1, 2).reshape(x.shape)
 
 
 HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attention": AttentionHead}
@@ -383,19 +340,18 @@ HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attent
 # From tokens to pixels: with a head, or as the plain DiT does
 
 
-class DetailLayer(nn.Module):
-    """A Patch Detailer Head with its inputs laid out: patch by patch, or the image (Fig. 11)."""
+class PatchDetailerHead(nn.Module):
+    """A head with its inputs laid out: patch by patch, or the whole image (Fig. 11)."""
 
     def __init__(self, config):
         super().__init__()
         self.P, self.head_input = config.patch_size, config.head_input
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)     # paper silent [token norm]
         self.head = HEADS[config.head](config)
 
-    def forward(self, x_t, s, c):
-        """x_t (B, 3, H, W), s (B, N, D) -> (B, 3, H, W);  c is not needed, the tokens know it"""
+    def forward(self, x_t, s, time, c):
+        """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W);  c is not used"""
         H, W = x_t.shape[-2:]
-        s = self.norm(s)
+        s = F.silu(s + time[:, None])    # paper silent [context]: the release adds the time alone
         if self.head_input == "image":
             return self.head(x_t, s.transpose(1, 2).unflatten(2, (H // self.P, W // self.P)))
         patches = patchify(x_t, self.P)                                      # (B, N, 3, P, P)
@@ -404,7 +360,7 @@ class DetailLayer(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """DiT's own last layer: each token is mapped linearly to the 3PP numbers of its patch."""
+    """DiT's own last layer: each token is mapped linearly to the 3PP pixel values of its patch."""
 
     def __init__(self, config):
         super().__init__()
@@ -413,18 +369,18 @@ class FinalLayer(nn.Module):
         self.adaLN = nn.Linear(D, 2 * D)
         self.linear = nn.Linear(D, 3 * self.P**2)
 
-    def forward(self, x_t, s, c):
+    def forward(self, x_t, s, time, c):
         """x_t (B, 3, H, W), for its size alone, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
         shift, scale = self.adaLN(c).chunk(2, dim=-1)
-        pixels = self.linear(modulate(self.norm(s), shift, scale))           # (B, N, 3PP)
+        pixels = in_float32(self.linear, modulate(self.norm(s), shift, scale))   # (B, N, 3PP)
         return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
 
 
 # -------------------------------------------------------------------------------------------------
 # The model
 
-REPA_BLOCK = 8           # paper silent [REPA]: the tokens after this block are aligned
-REPA_WEIGHT = 0.5        # paper silent [REPA]: their loss counts this much beside Eq. (5)
+REPA_BLOCK = 8           # the release: the tokens after this block are aligned
+REPA_WEIGHT = 0.5        # the release: their loss counts this much beside Eq. (5)
 MIN_TIME = 0.05          # prediction="x": x_t - x is divided by t, but by no less than this; for
                          # smaller t the last layer learns x_t - MIN_TIME v instead of x_0
 
@@ -442,49 +398,44 @@ class DiP(nn.Module):
         self.blocks = nn.ModuleList(Block(D, config.num_heads, D) for _ in range(config.depth))
         # Fig. 5: the head after the last block (post-hoc), between two blocks, or both (hybrid)
         ends_plain = config.head == "none" or config.placement == "intermediate"
-        self.last = FinalLayer(config) if ends_plain else DetailLayer(config)
+        self.output = FinalLayer(config) if ends_plain else PatchDetailerHead(config)
         self.inject_after = None
         if config.placement != "post-hoc":
             self.inject_after = config.depth // 2            # paper silent [placement]
-            self.inject_detail = DetailLayer(config)
+            self.inject_detail = PatchDetailerHead(config)
             self.inject_embed = nn.Linear(3 * P * P, D)      # "projected back" (Sec. 3.4)
         self.repa_after = min(REPA_BLOCK, config.depth)
         if config.repa_dim:
-            self.repa_projector = nn.Sequential(             # paper silent [REPA]: 3 layers of 2048
-                nn.Linear(D, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
-                nn.Linear(2048, config.repa_dim))
+            self.repa_projector = nn.Sequential(             # paper silent [REPA]: the release's
+                nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(),
+                nn.Linear(D, config.repa_dim))
         self.initialize_weights()
 
     def initialize_weights(self):
-        """All initialisation there is, each rule after the ones it overrides.
+        """All initialisation beyond PyTorch's default.
 
-        | tensor                                           | initialisation                       |
-        |--------------------------------------------------|--------------------------------------|
-        | every Linear                                     | Xavier uniform, bias 0 (DiT)         |
-        | label table, time MLP                            | N(0, 0.02), bias 0 (DiT)             |
-        | U-Net and MLP heads, their last layers too       | He normal, bias 0                    |
-        | adaLN                                            | 0: a fresh block is the identity     |
-        | DiT's last Linear                                | 0: a fresh DiT predicts 0            |
-        | the way back of an injection                     | 0: a fresh injection adds nothing    |
-        | norms                                            | 1, as PyTorch makes them             |
+        | tensor                                  | initialisation                                |
+        |-----------------------------------------|-----------------------------------------------|
+        | patch embedding                         | Xavier uniform, bias 0 (release)              |
+        | label table, both weights of time's MLP | N(0, 0.02) (release)                          |
+        | U-Net and MLP heads                     | He normal, bias 0, last layers too            |
+        | the way back of an injection            | 0: a fresh injection adds nothing             |
+        | everything else                         | PyTorch's default, norms 1 (release)          |
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.embed.weight)
+        nn.init.zeros_(self.embed.bias)
         for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
         for module in self.modules():
             if isinstance(module, (UNetHead, MLPHead)):      # paper silent [head initialisation]
-                for weight in (p for p in module.parameters() if p.ndim > 1):
-                    nn.init.kaiming_normal_(weight, nonlinearity="relu")
-            if isinstance(module, (Block, FinalLayer)):
-                nn.init.zeros_(module.adaLN.weight)
-            if isinstance(module, FinalLayer):
-                nn.init.zeros_(module.linear.weight)
+                for parameter in module.parameters():
+                    if parameter.ndim > 1:
+                        nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+                    else:
+                        nn.init.zeros_(parameter)
         if self.inject_after is not None:
             nn.init.zeros_(self.inject_embed.weight)
+            nn.init.zeros_(self.inject_embed.bias)
 
     def forward(self, x_t, t, y, align=False):
         """Velocity of every pixel (Eq. 5).  x_t (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
@@ -496,16 +447,17 @@ class DiP(nn.Module):
         rows, columns = x_t.shape[-2] // P, x_t.shape[-1] // P
         angles = rope_angles(rows, columns, D // num_heads, x_t.device)
         rope = angles.cos(), angles.sin()                        # (N, d/2) each
-        c = F.silu(self.time(t) + self.label(y))                 # (B, D)       how noisy, and what
+        time = self.time(t)                                      # (B, D)       how noisy
+        c = F.silu(time + self.label(y))                         # (B, D)       ... and what
         s = self.embed(patches.flatten(2)).float()               # (B, N, D)    float32 residuals
         for i, block in enumerate(self.blocks, start=1):
             s = block(s, c, rope)                                # (B, N, D)    global: patches talk
             if align and i == self.repa_after:
                 tokens = self.repa_projector(s).transpose(1, 2).unflatten(2, (rows, columns))
             if i == self.inject_after:
-                detail = self.inject_detail(x_t, s, c)           # (B, 3, H, W)
+                detail = self.inject_detail(x_t, s, time, c)     # (B, 3, H, W)
                 s = s + self.inject_embed(patchify(detail, P).flatten(2))
-        v = self.last(x_t, s, c).float()                         # (B, 3, H, W) local: they do not
+        v = self.output(x_t, s, time, c)                         # (B, 3, H, W) local: they do not
         if self.config.prediction == "x":    # what was drawn is a clean image: x_t - x_0 = t v
             v = (x_t - v) / t.clamp(min=MIN_TIME)[:, None, None, None]
         return (v, tokens) if align else v
@@ -523,13 +475,13 @@ def interpolate(x_0, noise, t):
 
 def logit_normal_time(z, mean=0.0, std=1.0):
     """t in (0, 1) whose logit is normal, from z ~ N(0, 1).  (B,) -> (B,)"""
-    return torch.sigmoid(mean + std * z)     # paper silent [distribution of t]: SD3's
+    return torch.sigmoid(mean + std * z)     # paper silent [distribution of t]: the release's
 
 
 def drop_labels(y, u, num_classes, rate=0.1):
-    """Replace a share of the labels by the null class, so that one network learns both fields that
-    guidance needs.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
-    return torch.where(u < rate, num_classes, y)     # paper silent [label dropout]: DiT's
+    """Replace a fraction of the labels by the null class, so that one network learns both fields
+    that guidance needs.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
+    return torch.where(u < rate, num_classes, y)     # paper silent [label dropout]: the release's
 
 
 def flow_matching_loss(model, x_0, y, t, noise, features=None):
@@ -552,8 +504,141 @@ def flow_matching_loss(model, x_0, y, t, noise, features=None):
 
 
 # -------------------------------------------------------------------------------------------------
-# `python dip.py`
+# The authors' weights: the same network in other conventions
 
+RELEASE_NAMES = (            # theirs, as a pattern; ours
+    (r"s_embedder\.proj", "embed"),
+    (r"t_embedder", "time"),
+    (r"y_embedder\.embedding_table", "label"),
+    (r"\.attn\.proj", ".attention.out"),
+    (r"\.attn", ".attention"),
+    (r"\.mlp\.w1", ".mlp.gate"),
+    (r"\.mlp\.w3", ".mlp.value"),
+    (r"\.mlp\.w2", ".mlp.out"),
+    (r"adaLN_modulation\.0", "adaLN"),
+    (r"local_decoder\.enc(\d)\.0", lambda m: f"output.head.down.{int(m[1]) - 1}"),
+    (r"local_decoder\.bottleneck\.0", "output.head.bottleneck"),
+    (r"local_decoder\.up(\d)", lambda m: f"output.head.up.{4 - int(m[1])}"),
+    (r"local_decoder\.dec(\d)\.0", lambda m: f"output.head.merge.{4 - int(m[1])}"),
+    (r"local_decoder\.out_conv", "output.head.out"),
+)
+
+
+def from_release(weights):
+    """The authors' state dict -> (DiPConfig, state dict of DiP), giving the same velocity.
+
+    1. Their names are other names.
+    2. Their time is t' = 1 - t.  With cos w(1-t) = cos w cos wt + sin w sin wt and
+       sin w(1-t) = sin w cos wt - cos w sin wt, the first layer of the time MLP absorbs this.
+    3. Their velocity points from noise to data: the last layer changes its sign.
+    4. Their rotary pairs are neighbours (2j, 2j + 1), alternating column, row; ours are
+       (i, i + d/2), rows first: the dimensions of queries and keys change their order.
+    """
+    ours = {}
+    for name, weight in weights.items():
+        for theirs, new in RELEASE_NAMES:
+            name = re.sub(theirs, new, name)
+        ours[name] = weight
+    missing = [name for name in ("embed.weight", "label.weight", "time.mlp.0.weight",
+               "output.head.out.weight", "blocks.0.attention.q_norm.weight") if name not in ours]
+    if missing:
+        raise ValueError(f"these are not the weights of a released DiP: no {', '.join(missing)}")
+    D, pixels = ours["embed.weight"].shape
+    P, d = math.isqrt(pixels // 3), len(ours["blocks.0.attention.q_norm.weight"])
+    config = DiPConfig(image_size=16 * P, patch_size=P, hidden_size=D, num_heads=D // d,
+                       depth=len({name.split(".")[1] for name in ours if "blocks." in name}),
+                       num_classes=len(ours["label.weight"]) - 1,
+                       head_width=ours["output.head.out.weight"].shape[1])
+
+    w = time_frequencies(dtype=torch.float64)
+    cosine, sine = ours["time.mlp.0.weight"].double().chunk(2, dim=1)        # (D, 128) each
+    turned = cosine * w.cos() + sine * w.sin(), cosine * w.sin() - sine * w.cos()
+    ours["time.mlp.0.weight"] = torch.cat(turned, dim=1).float()
+    for name in ("output.head.out.weight", "output.head.out.bias"):
+        ours[name] = -ours[name]
+    order = torch.arange(d).view(d // 4, 4)[:, [2, 0, 3, 1]].T.flatten()     # (d,)
+    for name in [name for name in ours if ".attention." in name]:
+        if "norm" in name:
+            ours[name] = ours[name][order]
+        if "qkv" in name:
+            q, k, v = ours[name].view(3, D // d, d, D)                       # (heads, d, D) each
+            ours[name] = torch.cat([q[:, order], k[:, order], v]).reshape(3 * D, D)
+    return config, ours
+
+
+# -------------------------------------------------------------------------------------------------
+# Which configurations are legal
+
+
+def check_choice(field, value, choices):
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{field}={value!r} is not one of: {', '.join(map(str, choices))}")
+
+
+def check_multiple(field, value, divisor, divisor_name):
+    """Refuse a value that is not a positive multiple of the divisor; name the nearest."""
+    if value % divisor or value < divisor:
+        below = max(0, value // divisor * divisor)
+        fits = ", ".join(str(n) for n in (below, below + divisor) if n > 0)
+        raise ValueError(f"{field}={value} is not a multiple of {divisor_name}={divisor}; "
+                         f"nearest that fit: {fits}")
+
+
+def check(config):
+    """Refuse, in one line, a configuration that cannot be built or run."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        least = 0 if field.name in ("head_width", "head_depth", "repa_dim") else 1
+        if field.type is int and (type(value) is not int or value < least):
+            raise ValueError(f"{field.name}={value!r} must be a whole number, at least {least}")
+    check_choice("head", config.head, ("none", *HEADS))
+    check_choice("head_input", config.head_input, ("patch", "image"))
+    check_choice("placement", config.placement, ("post-hoc", "intermediate", "hybrid"))
+    check_choice("prediction", config.prediction, ("v", "x"))
+    check_multiple("image_size", config.image_size, config.patch_size, "patch_size")
+    check_multiple("hidden_size", config.hidden_size, 4 * config.num_heads, "4 * num_heads")
+    if config.head == "unet":
+        stages = config.head_depth or UNetHead.DEPTH
+        check_multiple("patch_size", config.patch_size, 2**stages, f"2 ** {stages} (head_depth)")
+    if config.head == "attention":
+        width, d = config.head_width or AttentionHead.WIDTH, AttentionHead.HEAD_DIM
+        check_multiple("head_width", width, d, "its head dimension")
+    if config.head == "none" and (config.head_width or config.head_depth):
+        raise ValueError(f"head='none' has no head_width={config.head_width} and no "
+                         f"head_depth={config.head_depth}; leave them 0, or name a head")
+    if config.head_input == "image" and config.head != "unet":
+        raise ValueError(f"head_input='image' needs head='unet', not head={config.head!r}")
+    if config.placement != "post-hoc" and (config.head == "none" or config.depth < 2):
+        raise ValueError(f"placement={config.placement!r} needs a head and depth >= 2; "
+                         f"head={config.head!r}, depth={config.depth}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Presets, and `python dip.py`, which prints what they cost
+
+XL = DiPConfig()
+PRESETS = {
+    # Table 2, the DiT-only baselines
+    "DiT-XL/16": XL.replace(head="none"),
+    "DiT-XL-deep/16": XL.replace(head="none", depth=32),
+    "DiT-XL-1280/16": XL.replace(head="none", hidden_size=1280),
+    "DiT-XL-1536/16": XL.replace(head="none", hidden_size=1536),
+    # Table 2, the heads; Table 3, 512 x 512
+    "DiP-XL/16": XL,
+    "DiP-XL/16-mlp": XL.replace(head="mlp"),
+    "DiP-XL/16-coordinate": XL.replace(head="coordinate"),
+    "DiP-XL/16-attention": XL.replace(head="attention"),
+    "DiP-XL/32": XL.replace(image_size=512, patch_size=32),
+    # The release, and smaller budgets: the usual sizes of vision transformers, with narrower heads
+    "DiP-L/16": XL.replace(hidden_size=1024, depth=22),
+    "DiP-B/16": XL.replace(hidden_size=768, depth=12, num_heads=12, head_width=32),
+    "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
+    "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),
+    # For a CPU
+    "DiP-Nano/16": XL.replace(image_size=48, hidden_size=192, depth=6, num_heads=6, num_classes=10,
+                              head_width=8, prediction="x"),
+}
 PAPER_MILLIONS = {       # Tables 1, 2 and 3
     "DiT-XL/16": 629, "DiT-XL-deep/16": 772, "DiT-XL-1280/16": 776, "DiT-XL-1536/16": 1100,
     "DiP-XL/16": 631, "DiP-XL/16-mlp": 630, "DiP-XL/16-coordinate": 700, "DiP-XL/16-attention": 630,
@@ -562,16 +647,18 @@ PAPER_MILLIONS = {       # Tables 1, 2 and 3
 
 
 def cost(config):
-    """(parameters, operations of one forward of one image), on the meta device: no memory needed.
+    """(parameters, FLOPs of the forward pass of one image), with fake tensors: no memory needed.
 
-    Operations are those of matrix products and convolutions, a multiply-add counted as 2.
+    FLOPs are those of matrix products and convolutions, a multiply-add counted as 2.
     """
+    from torch._subclasses import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"):
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model = DiP(config)
         image = torch.empty(1, 3, config.image_size, config.image_size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
             model(image, torch.empty(1), torch.empty(1, dtype=torch.long))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
@@ -584,7 +671,7 @@ def main():
         paper = f"{PAPER_MILLIONS[name]} M" if name in PAPER_MILLIONS else "-"
         print(f"{name:<22}{config.image_size:>6}{tokens:>8}{flops / 1e9:>9.1f}"
               f"{parameters / 1e6:>11.1f} M{paper:>9}")
-    print("GFLOPs: one forward of one image, a multiply-add counted as 2; paper: Tables 1 to 3")
+    print("GFLOPs: forward pass of one image, a multiply-add counted as 2; paper: Tables 1 to 3")
 
 
 if __name__ == "__main__":

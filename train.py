@@ -380,7 +380,7 @@ class Encoder:
 def checkpoint_activations(model):
     """Let the backward pass compute the inside of each block and of the head once more, instead of
     keeping it: the same gradients for less memory and more time."""
-    for module in (*model.blocks, model.last):
+    for module in (*model.blocks, model.output):
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 

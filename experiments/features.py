@@ -32,7 +32,7 @@ Options = DataOptions
 def tokens(model, examples, n):
     """(features (n, D), labels (n,)) of noisy images: tokens after the last block, averaged."""
     seen, labels = [], []
-    hook = model.last.register_forward_pre_hook(lambda _, args: seen.append(args[1].mean(dim=1)))
+    hook = model.output.register_forward_pre_hook(lambda _, args: seen.append(args[1].mean(dim=1)))
     device = next(model.parameters()).device
     for start in range(0, n, 100):
         chunk = [examples[k] for k in range(start, min(start + 100, n))]

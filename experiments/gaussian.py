@@ -114,7 +114,7 @@ def measure(lab):
     for width in WIDTHS:
         for kind in MODELS:
             head = dict(head="unet", head_width=16, head_depth=2) if kind == "DiP" else dict(
-                head="none")
+                head="none", head_width=0, head_depth=0)
             config = DiPConfig(image_size=SIZE, patch_size=4, hidden_size=width, depth=4,
                                num_heads=4, num_classes=1, **head)
             for seed in lab.seeds:

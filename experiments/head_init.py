@@ -19,20 +19,20 @@ from sample import run_main
 class AveragePooling(DiP):
     def __init__(self, config):
         super().__init__(config)
-        self.last.head.pool = nn.AvgPool2d(2)
+        self.output.head.pool = nn.AvgPool2d(2)
 
 
 class LastLayerZero(DiP):
     def initialize_weights(self):
         super().initialize_weights()
-        nn.init.zeros_(self.last.head.out.weight)
-        nn.init.zeros_(self.last.head.out.bias)
+        nn.init.zeros_(self.output.head.out.weight)
+        nn.init.zeros_(self.output.head.out.bias)
 
 
 class PyTorchDefault(DiP):
     def initialize_weights(self):
         super().initialize_weights()
-        for module in self.last.head.modules():
+        for module in self.output.head.modules():
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()
 
@@ -47,7 +47,7 @@ VARIANTS = {"He-normal (ours)": DiP, "He-normal, average pooling": AveragePoolin
 
 
 def measure(lab):
-    rows = lab.rows({"no head": REGIMES["narrow"].replace(head="none")})
+    rows = lab.rows({"no head": REGIMES["narrow"].replace(head="none", head_width=0, head_depth=0)})
     for name, build in VARIANTS.items():
         rows += lab.rows({name: REGIMES["narrow"]}, build)
     return dict(rows=rows)

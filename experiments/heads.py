@@ -26,14 +26,14 @@ from experiments.harness import Claim, better, conduct, draw_dots, title_of
 from sample import at_least, option, run_main
 
 MODELS = {
-    "none": dict(head="none"),
+    "none": dict(head="none", head_width=0, head_depth=0),
     "mlp": dict(head="mlp", head_width=320, head_depth=2),
     "coordinate": dict(head="coordinate", head_width=16, head_depth=2),
     "attention": dict(head="attention", head_width=32, head_depth=1),
     "unet": dict(head="unet"),
     "unet, twice as wide": dict(head="unet", head_width=2 * harness.BASE.head_width),
-    "deeper": dict(head="none"),
-    "wider": dict(head="none"),
+    "deeper": dict(head="none", head_width=0, head_depth=0),
+    "wider": dict(head="none", head_width=0, head_depth=0),
 }
 BIGGER = {    # the smallest that reach the operations of the same regime's "unet"
     "narrow": {"deeper": dict(depth=11), "wider": dict(hidden_size=160)},

@@ -27,7 +27,7 @@ from sample import generate, option, run_main, to_uint8
 
 DATA, SIZE, STEPS, LOOKS = "one photo", 96, 800, 8
 TRAINING = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
-MODELS = {"DiT-only": dict(head="none"), "DiP": {}}
+MODELS = {"DiT-only": dict(head="none", head_width=0, head_depth=0), "DiP": {}}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from experiments.harness import REGIMES, Claim, better, conduct, draw_dots
 from sample import run_main
 
 MODELS = {
-    "no head": dict(head="none"),
+    "no head": dict(head="none", head_width=0, head_depth=0),
     "post-hoc": {},
     "intermediate": dict(placement="intermediate"),
     "hybrid": dict(placement="hybrid"),

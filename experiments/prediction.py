@@ -13,7 +13,7 @@ from experiments.harness import REGIMES, Claim, better, conduct, draw_dots
 from sample import run_main
 
 MODELS = {
-    "DiT-v": dict(head="none"),
+    "DiT-v": dict(head="none", head_width=0, head_depth=0),
     "DiT-x": dict(head="none", prediction="x"),
     "DiP-v": {},
     "DiP-x": dict(prediction="x"),

@@ -151,7 +151,7 @@ def test_in_brackets_is_how_many_pairs_of_one_seed_agree():
 @pytest.mark.parametrize("regime", heads.REGIMES)
 def test_the_bigger_dits_are_the_smallest_that_cost_as_much_as_the_unet_head(regime):
     base = heads.REGIMES[regime]
-    unet, plain = dip.cost(base)[1], base.replace(head="none")
+    unet, plain = dip.cost(base)[1], base.replace(head="none", head_width=0, head_depth=0)
     bigger = heads.BIGGER[regime]
     depth, width = bigger["deeper"]["depth"], bigger["wider"]["hidden_size"]
     for field, size, step in (("depth", depth, 1), ("hidden_size", width, 4 * base.num_heads)):
@@ -178,7 +178,7 @@ def test_beginnings_differ_in_the_head_alone(build):
     assert ("last.head.down.0.weight" in differ) == ("PyTorchDefault" in build.__name__)
     zero = not (theirs["last.head.out.weight"].any() or theirs["last.head.out.bias"].any())
     assert zero == ("LastLayerZero" in build.__name__)
-    average = isinstance(build(small).last.head.pool, torch.nn.AvgPool2d)
+    average = isinstance(build(small).output.head.pool, torch.nn.AvgPool2d)
     assert average == (build is head_init.AveragePooling)
 
 
