@@ -1,14 +1,16 @@
 """
 Draw images with a trained DiP.
 
-    python sample.py --class 1                              # newest run under runs/, class by index
+    python sample.py --class 1                              # newest run under runs/, or our weights
     python sample.py --class "striped disc" 7 --num 8 --cfg 2.5 --seed 3
-    python sample.py --class 1 --trajectory                 # what the model believes as t falls
+    python sample.py --class 1 --trajectory                 # also how the noise becomes an image
+    python sample.py --ckpt FILE --class goldfish           # the authors' weights
     python sample.py --num-samples 50000 --out samples.npz  # for fid.py: uint8 NHWC, label i mod K
     torchrun --nproc_per_node=8 sample.py --num-samples 50000 --out samples.npz
 
 Samplers are plain functions of a velocity field: they know nothing of images, models or guidance.
-Picture i depends on (seed, i, class) alone, never on the batch size or the number of GPUs.
+Image i depends on (seed, i, class) alone, not on the number of GPUs; in float32 not on the batch
+size either, up to the order of sums, while bf16 on a GPU may move a pixel by a few levels.
 """
 
 import argparse
@@ -19,13 +21,15 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
 import traceback
 import typing
 import zipfile
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,10 +39,10 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dip import DiP, DiPConfig, check_multiple
+from dip import DiP, DiPConfig, check_multiple, from_release
 
 # -------------------------------------------------------------------------------------------------
-# Samplers.  Each integrates dx/dt = velocity(x, t) from x at t = 1 down to t = 0.
+# Samplers.  Each integrates dx/dt = velocity(x, t) from x at t = 1 down to t = 0; dt is negative.
 
 
 def time_grid(steps, shift=1.0):
@@ -49,28 +53,29 @@ def time_grid(steps, shift=1.0):
 
 def euler(velocity, x, steps, shift=1.0):
     """Order 1, one evaluation a step: the paper's sampler, with 100 steps (Table 4)."""
-    for t, s in pairwise(time_grid(steps, shift)):
-        x = x + (s - t) * velocity(x, t)
+    for t, t_next in pairwise(time_grid(steps, shift)):
+        x = x + (t_next - t) * velocity(x, t)
     return x
 
 
 def heun(velocity, x, steps, shift=1.0):
-    """Order 2, two evaluations a step: the mean of the slopes at both ends."""
-    for t, s in pairwise(time_grid(steps, shift)):
-        here = velocity(x, t)
-        there = velocity(x + (s - t) * here, s)
-        x = x + (s - t) * (here + there) / 2
+    """Order 2, two evaluations a step: the mean of the velocities at both ends."""
+    for t, t_next in pairwise(time_grid(steps, shift)):
+        dt = t_next - t
+        v = velocity(x, t)
+        v_next = velocity(x + dt * v, t_next)
+        x = x + dt * (v + v_next) / 2
     return x
 
 
 def adams_bashforth(velocity, x, steps, shift=1.0):
-    """Order 2, one evaluation a step: extrapolates the slope from the step before."""
-    before = None
-    for t, s in pairwise(time_grid(steps, shift)):
-        here, h = velocity(x, t), s - t
-        slope = here if before is None else here + h / (2 * h_before) * (here - before)
-        x = x + h * slope
-        before, h_before = here, h
+    """Order 2, one evaluation a step: extrapolates from the velocity of the previous step."""
+    v_prev = dt_prev = None
+    for t, t_next in pairwise(time_grid(steps, shift)):
+        v, dt = velocity(x, t), t_next - t
+        slope = v if v_prev is None else v + dt / (2 * dt_prev) * (v - v_prev)
+        x = x + dt * slope
+        v_prev, dt_prev = v, dt
     return x
 
 
@@ -83,13 +88,13 @@ def euler_maruyama(velocity, x, steps, shift=1.0, noise=None):
     `noise()` draws a standard normal like x.
     """
     noise = noise or (lambda: torch.randn_like(x))
-    for t, s in pairwise(time_grid(steps, shift)):
-        v, h = velocity(x, t), t - s
-        if s > 0:
+    for t, t_next in pairwise(time_grid(steps, shift)):
+        v, dt = velocity(x, t), t_next - t
+        if t_next > 0:
             eps_hat = x + (1 - t) * v
-            x = x - h * (v + eps_hat / 2) + math.sqrt(t * h) * noise()
+            x = x + dt * (v + eps_hat / 2) + math.sqrt(-t * dt) * noise()
         else:
-            x = x - h * v
+            x = x + dt * v
     return x
 
 
@@ -119,11 +124,11 @@ def guided(model, y, scale=1.0, interval=(0.0, 1.0)):
 # From labels to images
 
 
-def random_stream(*key):
-    """A CPU generator that is a function of its key alone: of (seed, what for, index), never of
-    rank, batch size or number of workers."""
+def random_stream(*key, device="cpu"):
+    """A generator that is a function of its key alone: of (seed, what for, index), never of rank,
+    batch size or number of workers.  On another kind of device it draws other numbers."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
 def autocast(device):
@@ -132,13 +137,17 @@ def autocast(device):
 
 
 @torch.no_grad()
-def generate(model, labels, indices, seed=0, size=None, sampler="euler", steps=100,
+def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", steps=100,
              cfg=1.0, interval=(0.0, 1.0), shift=1.0, watch=None):
     """Images for `labels`; image k is drawn from the randomness of (seed, indices[k]) alone.
 
-    labels, indices: sequences of B ints -> float (B, 3, H, W) on the model's device.
-    `watch(t, x)`, if given, is shown the predicted clean images x_t - t v at every evaluation.
+    labels, indices [0, 1, ...]: sequences of B ints -> float (B, 3, H, W) on the model's device.
+    `watch(t, x_t, v)`, if given, is called at every evaluation of the velocity.
     """
+    K, indices = model.config.num_classes, range(len(labels)) if indices is None else indices
+    if not all(isinstance(label, (int, np.integer)) and 0 <= label <= K for label in labels):
+        raise ValueError(f"labels={list(labels)!r} must be whole numbers from 0 to {K}, the null "
+                         f"class; find_class() turns a name into one")
     device = next(model.parameters()).device
     H, W = size or (model.config.image_size, model.config.image_size)
     streams = [random_stream(seed, "sample", int(i)) for i in indices]
@@ -152,11 +161,11 @@ def generate(model, labels, indices, seed=0, size=None, sampler="euler", steps=1
         with autocast(device):
             v = field(x, t)
         if watch:
-            watch(t, x - t * v)
+            watch(t, x, v)
         return v
 
-    own = {"noise": noise} if sampler == "sde" else {}
-    return SAMPLERS[sampler](velocity, noise(), steps, shift, **own)
+    extra = {"noise": noise} if sampler == "sde" else {}
+    return SAMPLERS[sampler](velocity, noise(), steps, shift, **extra)
 
 
 def to_uint8(x):
@@ -165,7 +174,7 @@ def to_uint8(x):
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures: a grid, a trajectory
 
 
 def draw_grid(rows, labels, headers=None, cell=96):
@@ -195,6 +204,136 @@ def draw_grid(rows, labels, headers=None, cell=96):
     return sheet
 
 
+def lay_out(images, classes, names):
+    """Rows of at most ten images, `len(images) / len(classes)` of each class, and their labels."""
+    num, rows, labels = len(images) // len(classes), [], []
+    for k, c in enumerate(classes):
+        for j in range(0, num, 10):
+            rows.append(images[k * num + j:k * num + min(j + 10, num)])
+            labels.append(names[c] if j == 0 else "")
+    return rows, labels
+
+
+def sample_grid(model, names, options):
+    """Rows of images, one class after another; those of a column share their noise."""
+    classes, num, trajectory = options.class_, options.num or 8, []
+    labels = [c for c in classes for _ in range(num)]
+    indices = [j for _ in classes for j in range(num)]
+    images = []
+    for start in progress(range(0, len(labels), options.batch), "sampling", unit="batch"):
+        part = slice(start, start + options.batch)
+        first = options.trajectory and start == 0
+        watch = (lambda t, x, v: trajectory.append((t, x, v))) if first else None
+        x = generate(model, labels[part], indices[part], **options.settings(), watch=watch)
+        images.append(to_uint8(x))
+    images = np.concatenate(images)
+    out = Path(options.out) if options.out else free_name("samples.png")
+    sheet = draw_grid(*lay_out(images, classes, names))
+    save_atomically(out, lambda path: sheet.save(path, "PNG"))
+    print(f"wrote {out}: {len(images)} images, {', '.join(names[c] for c in classes)}")
+    if options.trajectory:
+        draw_trajectory(trajectory, images, num, classes, names, out)
+
+
+def draw_trajectory(trajectory, images, num, classes, names, out):
+    """Beside the grid: a strip of what the model predicts for the first image, x_t - t v, as t
+    falls; and a GIF in which the noise of the first batch turns into its images."""
+    seen = [*{t: (t, x, v) for t, x, v in trajectory}.values()]      # Heun passes most times twice
+    last = len(seen) - 1                                     # most happens near noise: squares
+    chosen = [seen[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
+    strip = to_uint8(torch.cat([x[:1] - t * v[:1] for t, x, v in chosen]))
+    sheet = draw_grid([strip], [names[classes[0]]], [f"t={t:.2f}" for t, _, _ in chosen])
+    path = out.with_name(out.stem + "-trajectory.png")
+    save_atomically(path, lambda partial: sheet.save(partial, "PNG"))
+    print(f"wrote {path}: the predicted clean image of the first sample, from noise to data")
+
+    whole = max(1, len(seen[0][1]) // num)                   # classes that are in the first batch
+    every = max(1, len(seen) // 32)
+    stages = [to_uint8(x) for _, x, _ in seen[::every]] + [images[:len(seen[0][1])]]
+    frames = [draw_grid(*lay_out(stage[:whole * num], classes[:whole], names)) for stage in stages]
+    path = path.with_suffix(".gif")
+    save_atomically(path, lambda partial: frames[0].save(
+        partial, "GIF", save_all=True, append_images=frames[1:], loop=0,
+        duration=[100] * (len(frames) - 1) + [2500]))        # milliseconds
+    print(f"wrote {path}: the same from noise to image, {len(frames)} frames")
+
+
+# -------------------------------------------------------------------------------------------------
+# Export: an .npz to measure
+
+
+def export(model, options, processes):
+    """`--num-samples` images with label i mod K as uint8 NHWC `arr_0`, labels `arr_1`.
+
+    The work is cut into batches of fixed composition, dealt to the ranks in turn, each saved when
+    done: the same command continues where it was stopped, with any number of ranks.
+    """
+    N, K, out = options.num_samples, model.config.num_classes, Path(options.out or "samples.npz")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out {out} must end in .npz with --num-samples")
+    if out.exists():
+        raise ValueError(f"--out {out} is there already; delete it, or choose another name")
+    parts = out.with_name(out.name + ".parts")
+    check_recipe(parts, options, processes)
+    H, W = options.size or [model.config.image_size] * 2
+    batches = {parts / f"{i:08d}.npy": range(i, min(i + options.batch, N))
+               for i in range(0, N, options.batch)}
+    todo = processes.on_first(lambda: [file for file in batches if not file.exists()])
+    if processes.rank == 0 and len(todo) < len(batches):
+        print(f"continuing: {len(batches) - len(todo)} of {len(batches)} batches are already drawn")
+    mine = todo[processes.rank::processes.world]
+    for file in progress(mine, "exporting", unit="batch", disable=processes.rank > 0):
+        indices = batches[file]
+        images = to_uint8(generate(model, [i % K for i in indices], indices, **options.settings()))
+        save_atomically(file, lambda path: np.save(path.open("wb"), images))
+    processes.barrier()
+    if processes.rank == 0:
+        save_atomically(out, lambda path: write_npz(path, batches, (N, H, W, 3), np.arange(N) % K))
+        shutil.rmtree(parts)
+        print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
+
+
+def check_recipe(parts, options, processes):
+    """Keep beside the parts what they are made with; refuse to mix them with others."""
+    recipe = {**options.settings(), "num_samples": options.num_samples, "batch": options.batch,
+              "ema": options.ema, "ckpt": options.ckpt,
+              "saved": Path(options.ckpt).stat().st_mtime}
+    recipe = json.loads(json.dumps(recipe))                  # as read back: tuples become lists
+    path = parts / "recipe.json"
+    if processes.rank == 0 and not path.exists():
+        shutil.rmtree(parts, ignore_errors=True)
+        save_atomically(path, lambda partial: partial.write_text(json.dumps(recipe)))
+    processes.barrier()
+    with in_one_line(f"{path} is damaged; delete {parts}, and draw again"):
+        found = json.loads(path.read_text())
+    if found != recipe:
+        raise ValueError(f"{parts} holds a half-done export with other settings; "
+                         f"delete it, or choose another --out")
+
+
+def write_npz(path, batches, shape, labels):
+    """An .npz, which is a zip of .npy: arr_0 joined from the parts, one in memory at a time."""
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for file, indices in batches.items():
+                with in_one_line(f"{file} is damaged; delete it, and the same command draws it"):
+                    images = np.load(file, allow_pickle=False)
+                    if images.dtype != np.uint8 or images.shape != (len(indices), *shape[1:]):
+                        raise ValueError(f"{images.dtype} {images.shape}")
+                member.write(images.tobytes())
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, labels.astype(np.int64))
+
+
+# #################################################################################################
+# Shared plumbing of train.py and sample.py from here to the end: weights and checkpoints, processes
+# and devices, the command line.  None of it is about diffusion.
+
+OUR_WEIGHTS = Path(__file__).parent / "assets" / "dip-nano.pt"
+
+
 def save_atomically(path, write):
     """Call write(temporary path), then move the finished file into place: never half a file, not
     even after a power loss."""
@@ -219,11 +358,27 @@ def save_atomically(path, write):
         partial.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------------------
-# Checkpoints: a dict of builtins and tensors, so that weights_only=True can open it
+def free_name(path):
+    """The path, or the first of path-2, path-3, ... that is not taken."""
+    path, k = Path(path), 1
+    name = path
+    while name.exists():
+        k += 1
+        name = path.with_stem(f"{path.stem}-{k}")
+    return name
 
-CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "tally": torch.Tensor,
-              "config": dict, "images": int, "classes": list, "names": list, "options": dict}
+
+@contextmanager
+def in_one_line(message):
+    """Turn whatever reading an untrusted or damaged file raises into one line: the message, and the
+    first line of the error.  Errors of the system that may pass (I/O, memory) stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_the_system(error):
+            raise
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{message} ({line})") from None
 
 
 def is_of_the_system(error):
@@ -232,27 +387,71 @@ def is_of_the_system(error):
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in passing
 
 
-def load_checkpoint(path, verify=False):
+# -------------------------------------------------------------------------------------------------
+# Weights and checkpoints: dicts of builtins and tensors, so that weights_only=True can open them
+
+CHECKPOINT = {"config": dict, "ema": dict, "step": int, "classes": list, "names": list,
+              "options": dict}                               # enough to sample from
+RESUMABLE = {"model": dict, "optimizer": dict, "tally": torch.Tensor, "images": int}
+
+
+def write_checkpoint(out, keep, **state):
+    """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond `keep`."""
+    check_finite(out, state["model"])
+    path = out / f"ckpt-{state['step']:08d}.pt"
+    save_atomically(path, lambda partial: torch.save(state, partial))
+    for old in sorted(old for old in out.glob("ckpt-*.pt") if old <= path)[:-keep]:
+        old.unlink()
+
+
+def write_weights(path, model, info):
+    """The weights alone, rounded to bfloat16: what assets/ holds, and what one passes on."""
+    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    state = {key: info[key] for key in ("step", "classes", "names")}
+    state |= dict(config=asdict(model.config), ema=weights,
+                  options={"model": info["options"].get("model", "")})
+    save_atomically(path, lambda partial: torch.save(state, partial))
+
+
+def read_file(path):
+    """What a .pt or .safetensors file holds, tensors mapped from the file; runs no code from it."""
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path}: reading it needs the safetensors package; "
+                             f"`pip install safetensors`, or give a .pt file") from None
+        with in_one_line(f"{path} is not a .safetensors file, or not all of it is there"):
+            return load_file(path)
+    with in_one_line(f"{path} is not a checkpoint, or not all of it is there"):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            if not (foreign := re.search(r"GLOBAL ([\w.]+)", str(error))):
+                raise
+    raise ValueError(
+        f"{path} holds more than tensors ({foreign[1]}) and may run code when opened; if you trust "
+        f"it: python -c \"import torch; torch.save(torch.load('{path}', weights_only=False, "
+        f"map_location='cpu')['state_dict'], 'weights.pt')\" and use weights.pt")
+
+
+def load_checkpoint(path, verify=False, resumable=True):
     """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it.
 
     verify: also hold every byte against the checksums in the file, as nothing else does.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
-    try:
-        damaged = zipfile.ZipFile(path).testzip() if verify else None
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
-    except Exception as error:       # a hostile or broken file may fail anywhere inside the reader
-        if is_of_the_system(error):
-            raise
-        kind = type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py, or not all of it is there "
-                         f"({kind})") from None
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} in it does not have its checksum")
+    state = read_file(path)
+    kinds = CHECKPOINT | (RESUMABLE if resumable else {})
+    wrong = [key for key, kind in kinds.items()
+             if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(wrong)}")
+    if verify:
+        with in_one_line(f"{path} is damaged"):
+            if damaged := zipfile.ZipFile(path).testzip():
+                raise ValueError(f"{damaged} in it does not have its checksum")
     return state
 
 
@@ -273,33 +472,100 @@ def newest_intact(folder, verify=False):
 
 
 def find_checkpoint(given=None):
-    """Path of a checkpoint: the file given, or the newest below the folder given or runs/."""
+    """Path of a checkpoint: the file given, or the newest below the folder given or runs/; without
+    any, our own small weights."""
     path = Path(given or "runs")
     if given and not path.is_dir():
         return path
     newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
-    if newest is None:
+    if newest is None and (given or not OUR_WEIGHTS.exists()):
         raise FileNotFoundError(f"no checkpoint under {path}/; `python train.py` makes one")
-    return newest_intact(newest.parent)
+    return newest_intact(newest.parent) if newest else OUR_WEIGHTS
 
 
-def load_model(path, device, ema=True):
-    """(model in eval mode, checkpoint dict without its weights)"""
-    state = load_checkpoint(path)
-    weights, labels = state["ema" if ema else "model"], state["classes"] + state["names"]
-    try:
+def load_model(path, device="cpu", ema=True):
+    """(model in eval mode, dict of what is known of it: config, step, classes, names, options)
+
+    path: a checkpoint of train.py, or a folder of them; a Lightning checkpoint of the release
+    (ema_denoiser. or, without ema, denoiser.); a state dict in the release's names, .pt or
+    .safetensors.  Float32 weights, each checked to be finite.
+    """
+    path = find_checkpoint(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
+    state = read_file(path)
+    if isinstance(state, dict) and "config" in state:
+        weights, config, info = read_ours(path, ema)
+    else:
+        weights, config, info = read_release(path, state, ema)
+    with torch.device("meta"):                               # shapes alone, no memory
+        model = DiP(config)
+    check_fit(path, model, weights)
+    weights = {name: weight.to(device, torch.float32, copy=True)
+               for name, weight in weights.items()}
+    check_finite(path, weights)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False), info
+
+
+def read_ours(path, ema):
+    """(weights, DiPConfig, info) of a checkpoint of train.py, or of weights written from one"""
+    state = load_checkpoint(path, resumable=False)
+    weights, labels = state["ema"] if ema else state.get("model"), state["classes"] + state["names"]
+    if weights is None:
+        raise ValueError(f"{path} has the averaged weights alone: leave out --no-ema")
+    with in_one_line(f"{path}: its configuration cannot be used"):
         config = DiPConfig(**state["config"])
         if config.depth > len(weights):                      # before a hostile depth is built
             raise ValueError(f"{len(weights)} weights for a depth of {config.depth}")
         if len(labels) != 2 * config.num_classes or not all(isinstance(x, str) for x in labels):
             raise ValueError(f"classes and names are not {config.num_classes} texts each")
-        model = DiP(config).to(device).eval()
-        model.load_state_dict(weights)
-    except Exception as error:       # whatever a configuration from a stranger may raise
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: weights and configuration disagree: {line}") from None
-    del state["model"], state["ema"], state["optimizer"]
-    return model.requires_grad_(False), state
+    return weights, config, {key: value for key, value in state.items()
+                             if key not in ("model", "ema", "optimizer", "tally")}
+
+
+def read_release(path, state, ema):
+    """(weights, DiPConfig, info) of the authors' weights, from a Lightning checkpoint or bare"""
+    with in_one_line(f"{path} is neither a checkpoint of train.py nor weights of a released DiP"):
+        weights = state.get("state_dict", state)
+        prefix = "ema_denoiser." if ema else "denoiser."
+        if any("denoiser." in name for name in weights):
+            weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
+                       if name.startswith(prefix)}
+        config, weights = from_release(weights)
+        known = imagenet_names() if config.num_classes == 1000 else {}
+        numbers = [f"class {k}" for k in range(config.num_classes)]
+        return weights, config, dict(
+            config=asdict(config), step=int(state.get("global_step", 0)), options={},
+            classes=list(known) or numbers, names=list(known.values()) or numbers)
+
+
+def check_fit(path, model, weights):
+    """Refuse weights that are not those of the model, naming the first few that differ."""
+    ours = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    shapes = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
+    other = [f"{name} {shapes[name]} there, {ours[name]} here" for name in ours
+             if name in shapes and shapes[name] != ours[name]]
+    kinds = {"missing": [name for name in ours if name not in shapes], "of another shape": other,
+             "unexpected": [name for name in shapes if name not in ours]}
+    found = [f"{kind}: {', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}"
+             for kind, names in kinds.items() if names]
+    if found:
+        raise ValueError(f"{path}: weights and model do not fit; {'; '.join(found)}")
+
+
+def check_finite(path, weights):
+    """Refuse weights that are not finite: they draw black images without a word."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{path}: weight {name} is not finite; use an earlier checkpoint, "
+                             f"or train again with a lower --lr")
+
+
+def imagenet_names():
+    """{wnid: readable name} in the usual order of the 1000 classes, that of the sorted wnids."""
+    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines)
 
 
 def find_class(query, classes, names):
@@ -308,7 +574,7 @@ def find_class(query, classes, names):
         return name.lower().replace("_", " ")
 
     found = {i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)}
-    if query.isdigit():
+    if query.isdecimal():
         if int(query) >= len(names):
             raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
         if found - {int(query)}:
@@ -338,7 +604,7 @@ class Processes:
     device: torch.device
 
     def barrier(self):
-        """Nobody goes on before everybody is here."""
+        """Nobody goes on before everybody has arrived."""
         if self.world > 1:
             dist.barrier()
 
@@ -368,9 +634,11 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag):
-        """True for all of them if it is for any."""
-        return self.reduce(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+    def read(self, value, flag):
+        """(value as a float, whether the flag is set on any rank), with one wait for the device."""
+        flags = self.reduce(torch.tensor(float(bool(flag)), device=self.device))
+        value, flags = torch.stack([value.float(), flags]).tolist()
+        return value, flags > 0
 
 
 def start_processes(device="auto"):
@@ -383,13 +651,16 @@ def start_processes(device="auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()                 # meta has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return Processes(rank, world, device)
 
 
@@ -429,54 +700,70 @@ def parse_options(cls, manual, argv=None):
 
 
 def at_least(minimum, **values):
-    """Refuse numbers below their minimum, naming the option."""
+    """Refuse options that are below their minimum or not finite, by name."""
     for name, value in values.items():
-        if not value >= minimum:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
+        if not minimum <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}"
+                             f"{' and finite' * (value == math.inf)}")
+
+
+def progress(items, what, **settings):
+    """A progress bar, also where the terminal does not know its own width."""
+    return tqdm(items, what, ncols=shutil.get_terminal_size().columns, **settings)
 
 
 def run_main(main):
     """Run a command; what the user can mend ends in one line and exit code 1, no traceback."""
+    code = None
     try:
         code = main()
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         lines = (str(error).strip() or type(error).__name__).splitlines()
         line = lines[-1 if lines[0].startswith("Caught ") else 0]    # from a loader process
         line = line.removeprefix("ValueError: ")
-        if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", line):
+        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if exhausted or "DefaultCPUAllocator: can't allocate memory" in str(error):
             line = "out of memory; a smaller --micro-batch (training) or --batch (sampling) helps"
         elif isinstance(error, RuntimeError):
             if not (dist.is_initialized() and re.search("[Cc]onnection (closed|reset)", line)):
                 raise
             line = "another process of this command has ended"
         traceback.clear_frames(error.__traceback__)          # loader processes end with their frame
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
+        code = f"{Path(sys.argv[0]).name}: error: {line}"
     except KeyboardInterrupt:
-        sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        code = 130
+    if dist.is_initialized():        # leave at once: a group that has lost a member may hang in its
+        if not code:                 # teardown, and gloo's threads may abort Python's
+            dist.destroy_process_group()
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code or 0)          # gloo's threads sometimes abort an interpreter that shuts down
+        os._exit(code or 0)
     sys.exit(code)
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
 
 
 @dataclass
 class SampleOptions:
-    ckpt: str | None = option(None, "checkpoint, or folder of a run [newest under runs/]",
+    ckpt: str | None = option(None, "weights: a file, or the folder of a run [newest under runs/]",
                               group="model", metavar="PATH")
     ema: bool = option(True, "the averaged weights [--ema], or the last ones")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
     class_: tuple = option((), "classes by index or name [all, ten at most]",
                            group="what to draw", nargs="+", metavar="CLASS")
-    num: int = option(8, "images per class")
+    num: int | None = option(None, "images per class [8]")
     size: tuple = option((), "another height and width in pixels [as trained]",
                          nargs=2, type=int, metavar=("H", "W"))
-    seed: int = option(0, "picture i depends on (seed, i, class) alone")
+    seed: int = option(0, "image i depends on (seed, i, class) alone")
     out: str | None = option(None, "file to write [samples.png; samples.npz with --num-samples]",
                              metavar="FILE")
-    trajectory: bool = option(False, "also a strip of predicted clean images as t falls")
+    trajectory: bool = option(False, "also a strip and a GIF of how noise becomes an image")
 
     sampler: str = option("euler", "integrator", group="how to draw", choices=tuple(SAMPLERS))
     steps: int = option(100, "steps from t = 1 to t = 0")
@@ -487,16 +774,23 @@ class SampleOptions:
     batch: int = option(32, "images at a time, per process")
 
     num_samples: int = option(0, "export this many images, label i mod K; resumable",
-                              group="evaluation")
+                              group="files to make")
+    save_weights: str | None = option(None, "only write the weights, as bfloat16, into this file",
+                                      metavar="FILE")
 
     def __post_init__(self):
-        at_least(1, num=self.num, steps=self.steps, batch=self.batch)
+        at_least(1, num=8 if self.num is None else self.num, steps=self.steps, batch=self.batch)
         at_least(0, num_samples=self.num_samples, cfg=self.cfg)
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"--interval {low} {high} must have 0 <= LOW <= HIGH <= 1")
-        if not self.time_shift > 0:
-            raise ValueError(f"--time-shift {self.time_shift} must be above 0")
+        if not 0 < self.time_shift < math.inf:
+            raise ValueError(f"--time-shift {self.time_shift} must be above 0 and finite")
+        if self.num_samples and (self.class_ or self.num is not None or self.trajectory):
+            raise ValueError("--num-samples takes the classes in turn; "
+                             "leave out --class, --num and --trajectory")
+        if self.out and not self.num_samples and Path(self.out).suffix.lower() != ".png":
+            raise ValueError(f"--out {self.out} must end in .png; an .npz needs --num-samples")
 
     def settings(self):
         """What generate() needs to know."""
@@ -504,137 +798,37 @@ class SampleOptions:
                     cfg=self.cfg, interval=tuple(self.interval), shift=self.time_shift)
 
 
-# -------------------------------------------------------------------------------------------------
-# The two things to do: a grid to look at, an .npz to measure
-
-
-def sample_grid(model, names, options):
-    """Rows of images, one class after another; those of a column share their noise."""
-    labels = [c for c in options.class_ for _ in range(options.num)]
-    indices = [j for _ in options.class_ for j in range(options.num)]
-    seen, images = [], []
-    for start in tqdm(range(0, len(labels), options.batch), "sampling", unit="batch"):
-        part = slice(start, start + options.batch)
-        first = options.trajectory and start == 0
-        watch = (lambda t, x: seen.append((t, x[:1].clone()))) if first else None
-        x = generate(model, labels[part], indices[part], **options.settings(), watch=watch)
-        images.append(to_uint8(x))
-    images = np.concatenate(images)
-    columns = min(options.num, 10)
-    rows, captions = [], []
-    for k, c in enumerate(options.class_):
-        for j in range(0, options.num, columns):
-            start = k * options.num + j
-            rows.append(images[start:start + min(columns, options.num - j)])
-            captions.append(names[c] if j == 0 else "")
-    out = Path(options.out or "samples.png")
-    save_atomically(out, lambda path: draw_grid(rows, captions).save(path, "PNG"))
-    print(f"wrote {out}: {len(images)} images, {', '.join(names[c] for c in options.class_)}")
-    if options.trajectory:
-        seen = list({t: x for t, x in seen}.items())         # Heun passes most times twice
-        last = len(seen) - 1                                 # most happens near noise: squares
-        chosen = [seen[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
-        strip = to_uint8(torch.cat([x for _, x in chosen]))
-        headers = [f"t={t:.2f}" for t, _ in chosen]
-        path = out.with_name(out.stem + "-trajectory.png")
-        sheet = draw_grid([strip], [names[labels[0]]], headers)
-        save_atomically(path, lambda partial: sheet.save(partial, "PNG"))
-        print(f"wrote {path}: the predicted clean image of the first sample, from noise to data")
-
-
-def export(model, options, processes):
-    """`--num-samples` images with label i mod K as uint8 NHWC `arr_0`, labels `arr_1`.
-
-    The work is cut into batches of fixed composition, dealt to the ranks in turn, each saved when
-    done: the same command goes on where it was stopped, and the ranks do not matter.
-    """
-    rank, world = processes.rank, processes.world
-    N, K, out = options.num_samples, model.config.num_classes, Path(options.out or "samples.npz")
-    if out.suffix != ".npz":
-        raise ValueError(f"--out {out} must end in .npz with --num-samples")
-    if out.exists():
-        raise ValueError(f"--out {out} is there already; delete it, or choose another name")
-    parts = out.with_name(out.name + ".parts")
-    recipe = {**options.settings(), "num_samples": N, "batch": options.batch, "ema": options.ema,
-              "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime}
-    recipe = json.loads(json.dumps(recipe))                  # as read back: tuples become lists
-    note = parts / "recipe.json"
-    if rank == 0 and not note.exists():
-        shutil.rmtree(parts, ignore_errors=True)
-        save_atomically(note, lambda path: path.write_text(json.dumps(recipe)))
-    processes.barrier()
-    if read_recipe(note) != recipe:
-        raise ValueError(f"{parts} holds a half-done export with other settings; "
-                         f"delete it, or choose another --out")
-    batches = [range(i, min(i + options.batch, N)) for i in range(0, N, options.batch)]
-    files = [parts / f"{indices[0]:08d}.npy" for indices in batches]
-    todo = processes.on_first(lambda: [(indices, file) for indices, file in zip(batches, files)
-                                       if not file.exists()])
-    if rank == 0 and len(todo) < len(files):
-        print(f"continuing: {len(files) - len(todo)} of {len(files)} batches are already drawn")
-    for indices, file in tqdm(todo[rank::world], "exporting", unit="batch", disable=rank > 0):
-        x = generate(model, [i % K for i in indices], indices, **options.settings())
-        save_atomically(file, lambda path: save_part(path, to_uint8(x)))
-    processes.barrier()
-    if rank == 0:
-        size = options.size or [model.config.image_size] * 2
-        shape = (N, *size, 3)
-        parts_of = [(file, (len(indices), *size, 3)) for indices, file in zip(batches, files)]
-        save_atomically(out, lambda path: write_npz(path, parts_of, shape, np.arange(N) % K))
-        shutil.rmtree(parts)
-        print(f"wrote {out}: arr_0 uint8 {shape}, {K} classes in turn")
-
-
-def read_recipe(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged; delete {path.parent}, and draw again") from None
-
-
-def save_part(path, images):
-    with open(path, "wb") as file:
-        np.save(file, images)
-
-
-def read_part(path, shape):
-    """uint8 of the shape (B, H, W, 3)"""
-    try:
-        images = np.load(path, allow_pickle=False)
-        if images.dtype == np.uint8 and images.shape == shape:
-            return images
-    except Exception:                # numpy's reader raises nearly anything on a broken file
-        pass
-    raise ValueError(f"{path} is damaged; delete it, and the same command draws it again")
-
-
-def write_npz(path, files, shape, labels):
-    """An uncompressed .npz made from parts, (file, shape) each, with one in memory at a time."""
-    with zipfile.ZipFile(path, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)
-            for file, part in files:
-                member.write(read_part(file, part).tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels.astype(np.int64))
+def announce(options, model, info):
+    """Say what is about to be drawn, with which weights."""
+    trained = model.config.image_size
+    weights = f"step {info['step']}, {'EMA' if options.ema else 'last'} weights"
+    if options.ckpt == str(OUR_WEIGHTS):
+        print("no run under runs/: these are the small weights that come with the code; "
+              "`python train.py` makes your own")
+    print(f"{options.ckpt}: {weights}; {options.sampler}, {options.steps} steps, cfg {options.cfg} "
+          f"for t in {list(options.interval)}, seed {options.seed}")
+    if options.size and not all(trained / 2 <= side <= trained * 2 for side in options.size):
+        print(f"warning: --size {options.size[0]} {options.size[1]} is far from the {trained} x "
+              f"{trained} of the training; expect poor images")
 
 
 def main():
     options = parse_options(SampleOptions, __doc__)
     processes = start_processes(options.device)
     options.ckpt = str(processes.on_first(find_checkpoint, options.ckpt))
-    if options.num_samples and options.class_:
-        raise ValueError("--num-samples takes the classes in turn; leave out --class")
-    model, state = load_model(options.ckpt, processes.device, options.ema)
+    model, info = load_model(options.ckpt, processes.device, options.ema)
     for side in options.size:
         check_multiple("--size", side, model.config.patch_size, "patch_size")
-    names = state["names"]
-    options.class_ = [find_class(query, state["classes"], names) for query in options.class_]
+    names = info["names"]
+    options.class_ = [find_class(query, info["classes"], names) for query in options.class_]
+    if (options.num or 8) * (len(options.class_) or 10) > 10_000:
+        raise ValueError(f"--num {options.num}: a picture of more than 10,000 images; "
+                         f"--num-samples exports as many as you like")
+    if options.save_weights:
+        write_weights(options.save_weights, model, info)
+        return print(f"wrote {options.save_weights}: weights of {options.ckpt} as bfloat16")
     if processes.rank == 0:
-        print(f"{options.ckpt}: step {state['step']}, {'EMA' if options.ema else 'last'} weights; "
-              f"{options.sampler}, {options.steps} steps, cfg {options.cfg} for t in "
-              f"{list(options.interval)}, seed {options.seed}")
+        announce(options, model, info)
     if options.num_samples:
         export(model, options, processes)
     elif processes.rank == 0:

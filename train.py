@@ -2,22 +2,25 @@ r"""
 Train a DiP.
 
     python train.py                     # embedded shapes; on a CPU a small model, in minutes
-    python train.py --data IMAGES       # IMAGES/train/<class>/*.jpg, or IMAGES/<class>/*.jpg
+    python train.py --data IMAGES       # IMAGES/train/<class>/*.jpg, IMAGES/<class>/*.jpg, or *.jpg
+    python train.py --init FILE --data IMAGES       # from our weights, or the authors'
     torchrun --nproc_per_node=8 train.py --image-size 256 --data IMAGENET       # DiP-XL/16
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
         train.py --image-size 256 --data IMAGENET
 
 The same command resumes.  A run is a function of its options alone: example k of it draws image,
-flip, time, noise and label dropout from (seed, k), whatever the processes, passes and workers.
-A run writes ckpt-*.pt, log.jsonl, loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save
-a checkpoint and end it; an update that is not finite is skipped; an unreadable image is replaced.
-[CPU: ...] in the options below is the default without CUDA and --model.
+flip, time, noise and label dropout from (seed, k), whatever the processes, micro-batches and
+workers; noise is drawn on the device, so CPU and GPU differ.  A run writes ckpt-*.pt, log.jsonl,
+loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save a checkpoint and end it; an update
+that is not finite is skipped; an unreadable image is replaced.
 """
 
 import copy
 import json
+import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -35,12 +38,781 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
-                 logit_normal_time)
+from dip import (PRESETS, REPA_WEIGHT, Block, DiP, check_choice, cost, drop_labels,
+                 flow_matching_loss, logit_normal_time)
 from fid import ENDINGS, list_images, read_image
-from sample import (at_least, autocast, draw_grid, generate, is_of_the_system, load_checkpoint,
-                    newest_intact, option, parse_options, random_stream, run_main, save_atomically,
-                    start_processes, to_uint8)
+from sample import (at_least, autocast, check_fit, draw_grid, generate, imagenet_names,
+                    in_one_line, is_of_the_system, load_checkpoint, load_model, newest_intact,
+                    option, parse_options, progress, random_stream, run_main, save_atomically,
+                    start_processes, to_uint8, write_checkpoint)
+
+# -------------------------------------------------------------------------------------------------
+# Options
+
+PAPER = dict(steps=1_600_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0.0,
+             time_mean=0.0)                  # Table 4; steps: 320 epochs of ImageNet
+MINUTES = dict(steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3,
+               time_mean=0.8)                # on two CPU cores
+RECIPES = {"DiP-Nano/16": MINUTES}           # every other preset: the paper's
+
+
+@dataclass
+class TrainOptions:
+    data: str | None = option(None, "image folder [embedded shapes]", group="data", metavar="DIR")
+    image_size: int | None = option(None, "height and width in pixels [the preset's]")
+    workers: int | None = option(None, "loader processes [8 with CUDA and --data, else 0]")
+
+    model: str | None = option(None, "preset of dip.py [DiP-XL/16; without CUDA: DiP-Nano/16]",
+                               group="model", metavar="NAME")
+    set: tuple = option((), "other DiPConfig fields, as head=mlp depth=4", nargs="+",
+                        action="extend", metavar="FIELD=VALUE")
+    init: str | None = option(None, "start a new run from these weights: ours or the authors'",
+                              metavar="FILE")
+    repa: str | None = option(None, "align with this encoder, as dinov2_vitb14 [no REPA]",
+                              metavar="ENCODER")
+    repa_repo: str = option("facebookresearch/dinov2", "torch.hub repository of the encoder")
+    repa_source: str = option("github", "local: --repa-repo is a folder",
+                              choices=("github", "local"))
+
+    steps: int | None = option(None, "updates [1600000; Nano: 3500]", group="training")
+    batch_size: int | None = option(None, "images an update, over all processes [256; Nano: 16]")
+    micro_batch: int | None = option(None, "images at once in a process [32 at most, to fit]")
+    lr: float | None = option(None, "AdamW's learning rate [1e-4; Nano: 3e-3]")
+    warmup: int | None = option(None, "steps in which lr rises [0; Nano: 50]")
+    cooldown: float | None = option(None, "last fraction, in which lr falls [0; Nano: 0.3]")
+    clip: float = option(1.0, "largest gradient norm; 0 = no limit")
+    ema: float = option(0.9999, "decay of the averaged weights, reached by warm-up")
+    time_mean: float | None = option(None, "mean of logit t, of deviation 1 [0; Nano: 0.8]")
+    label_dropout: float = option(0.1, "fraction of labels hidden, for guidance")
+    seed: int = option(0, "of weights, order and noise: the run is a function of it")
+
+    out: str | None = option(None, "folder of the run [runs/MODEL-SIZE]", group="output",
+                             metavar="DIR")
+    log_every: int = option(50, "steps between lines of log.jsonl")
+    sample_every: int | None = option(None, "steps between grids; 0: none [five a run, or 10000]")
+    save_every: int | None = option(None, "steps between checkpoints [five a run, or 10000]")
+    keep: int = option(2, "newest checkpoints kept")
+
+    device: str = option("auto", "auto, cpu, cuda, mps", group="machine")
+    compile: bool = option(False, "torch.compile, block by block")
+    grad_checkpoint: bool = option(False, "recompute activations: less memory, more time")
+
+    def __post_init__(self):
+        for field in ("data", "model", "init", "repa", "out"):
+            if getattr(self, field) == "":
+                raise ValueError(f"--{field} is empty: an unset variable? Leave it out, or name it")
+        given = {field: value for field, value in vars(self).items() if value is not None}
+        for least, fields in {1: ("image_size steps batch_size micro_batch log_every save_every "
+                                  "keep"), 0: "workers lr warmup clip seed sample_every"}.items():
+            at_least(least, **{field: given[field] for field in fields.split() if field in given})
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed} must be below 2^63")
+        if self.time_mean is not None and not abs(self.time_mean) < 100:
+            raise ValueError(f"--time-mean {self.time_mean} must be between -100 and 100")
+        for field in ("cooldown", "ema", "label_dropout"):
+            if not 0 <= given.get(field, 0) <= 1:
+                raise ValueError(f"--{field.replace('_', '-')} {given[field]} is a fraction: it "
+                                 f"must be from 0 to 1")
+        if self.label_dropout == 1:
+            raise ValueError("--label-dropout 1 hides every label; a folder of images without "
+                             "class folders trains without labels")
+
+
+def configure(options, processes, initial=None):
+    """Fill in what the user left open; returns the DiPConfig, except num_classes and repa_dim.
+
+    initial: the DiPConfig and the preset's name of --init, which come before the default preset.
+    """
+    say = print if processes.rank == 0 else lambda line: None
+    has_cuda = processes.device.type == "cuda"
+    if options.model is None and initial is None and not has_cuda:
+        say("no CUDA and no --model: the small DiP-Nano/16, with its recipe for minutes")
+    config, name = initial or (None, "")
+    if options.model or not initial:
+        name = options.model or ("DiP-XL/16" if has_cuda else "DiP-Nano/16")
+        check_choice("--model", name, PRESETS)
+        config = PRESETS[name]
+    options.model = name
+    changes = read_changes(options.set, config)
+    if changes.get("head", config.head) != config.head:      # a head has its own size
+        changes = {"head_width": 0, "head_depth": 0} | changes
+        say(f"head={changes['head']}: head_width and head_depth are its own defaults where --set "
+            f"does not say")
+    config = config.replace(image_size=options.image_size or config.image_size, **changes)
+    options.image_size = config.image_size
+    recipe = dict(RECIPES.get(name, PAPER))
+    if name in RECIPES and config.image_size > 64:           # fewer images: steps stay short
+        recipe["batch_size"] = max(4, 16 * 64**2 // config.image_size**2)
+    for field, value in recipe.items():
+        if getattr(options, field) is None:
+            setattr(options, field, value)
+    every = min(10_000, max(1, options.steps // 5))
+    options.sample_every = every if options.sample_every is None else options.sample_every
+    options.save_every = options.save_every or every
+    if options.workers is None:
+        options.workers = 8 if has_cuda and options.data else 0
+    folder = "-".join([name or "init", *options.set, str(config.image_size)])
+    options.out = options.out or "runs/" + re.sub(r"[^\w.-]+", "-", folder)
+    return config
+
+
+def read_changes(pairs, config):
+    """{field: value} of --set FIELD=VALUE ..."""
+    fields = {field: type(value) for field, value in asdict(config).items()
+              if field not in ("image_size", "num_classes", "repa_dim")}     # flag, data, encoder
+    changes = {}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        check_choice("--set", field, fields)
+        try:
+            if not equals:
+                raise ValueError
+            changes[field] = fields[field](value)
+        except ValueError:
+            raise ValueError(f"--set {pair}: must be {field}=VALUE, and {field} is a "
+                             f"{fields[field].__name__}") from None
+    return changes
+
+
+def choose_micro_batch(options, config, processes):
+    """Images at once in this process: as the user says, or at most 32 that fit its memory."""
+    part, rest = divmod(options.batch_size, processes.world)
+    if rest or part % (options.micro_batch or 1):
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
+                         f"{processes.world} processes x --micro-batch {options.micro_batch or 1}")
+    free, device = free_memory(processes.device), processes.device
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    fixed, per_image = memory_needed(config, dtype, options.grad_checkpoint)
+    candidates = [options.micro_batch] if options.micro_batch else [
+        n for n in range(min(part, 32), 0, -1) if part % n == 0]
+    fitting = [n for n in candidates if fixed + n * per_image < free]
+    if not fitting:
+        need = (fixed + candidates[-1] * per_image) / 2**30
+        raise ValueError(
+            f"--micro-batch {candidates[-1]} needs about {need:.1f} GiB, {free / 2**30:.1f} GiB "
+            f"are free; a smaller --micro-batch, --image-size or --model, or --grad-checkpoint, helps")
+    options.micro_batch = fitting[0]
+
+
+def memory_needed(config, dtype=None, grad_checkpoint=False):
+    """Estimated bytes of training, (fixed, per image of a micro-batch): weights, gradients, Adam's
+    moments, EMA and weights cast to dtype; activations.  Nothing is computed: of fake tensors,
+    those kept for the backward pass are counted."""
+    from torch._subclasses import FakeTensorMode
+
+    def kept_for_backward(model, B):
+        sizes = {}
+
+        def count(tensor):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.empty(B, 3, config.image_size, config.image_size)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            flow_matching_loss(model, x, torch.zeros(B, dtype=torch.long), torch.ones(B), x)
+        return sum(sizes.values())
+
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        model = DiP(config)
+        weights = sum(p.nbytes for p in model.parameters())
+        one, two = (kept_for_backward(model, B) for B in (1, 2))
+    per_image = two - one
+    if grad_checkpoint:              # what enters each piece, and the inside of the largest
+        tokens = 4 * config.hidden_size * (config.image_size // config.patch_size) ** 2
+        per_image = len(pieces(model)) * tokens + 2 * per_image / len(pieces(model))
+    return 5 * weights + max(0, one - weights - (two - one)), per_image
+
+
+def free_memory(device):
+    """Bytes that a process may still use on the device; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+# -------------------------------------------------------------------------------------------------
+# Examples: everything random in training, as a function of (seed, position in the run)
+
+
+class Examples(Dataset):
+    """Example k of a run: image, label, and the random numbers that time and dropout need."""
+
+    def __init__(self, data, seed, purpose="train"):
+        self.data, self.seed, self.purpose, self.epoch = data, seed, purpose, None
+
+    def index(self, k):
+        """Which image example k shows: every epoch is a new permutation."""
+        epoch, position = divmod(k, len(self.data))
+        if epoch != self.epoch:
+            generator = random_stream(self.seed, self.purpose, "epoch", epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator)
+        return int(self.order[position])
+
+    def __getitem__(self, k):
+        """uint8 (H, W, 3), label, z () ~ N(0, 1) for the time, u () ~ U(0, 1) for label dropout,
+        k: small enough to pass from a loader process"""
+        index, g = self.index(k), random_stream(self.seed, self.purpose, k)
+        z, (u, coin) = torch.randn((), generator=g), torch.rand(2, generator=g)
+        pixels, label = self.data[index]
+        if self.data.flip and self.purpose == "train" and coin < 0.5:
+            pixels = pixels[:, ::-1].copy()
+        return pixels, label, z, u, k
+
+    def on_device(self, batch, device):
+        """x_0 (B, 3, H, W) in [-1, 1], y (B,), noise (B, 3, H, W), z (B,), u (B,) of a batch; the
+        noise of example k is drawn on the device from (seed, k)."""
+        pixels, y, z, u, positions = batch
+        pixels, y, z, u = (x.to(device, non_blocking=True) for x in (pixels, y, z, u))
+        x_0 = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        noise = torch.empty_like(x_0, memory_format=torch.contiguous_format)
+        for row, k in zip(noise, positions.tolist()):
+            row.normal_(generator=random_stream(self.seed, self.purpose, k, "noise", device=device))
+        return x_0, y, noise, z, u
+
+
+def micro_batches(options, first_step, rank, world):
+    """This rank's part of every global batch: lists of positions, one per micro-batch."""
+    part = options.batch_size // world
+    for step in range(first_step, options.steps):
+        start = step * options.batch_size + rank * part
+        for k in range(start, start + part, options.micro_batch):
+            yield list(range(k, k + options.micro_batch))
+
+
+def load_examples(options, data, processes, first_step):
+    """This rank's micro-batches of the rest of the run, as on_device() describes them."""
+    examples, device = Examples(data, options.seed), processes.device
+    sampler = micro_batches(options, first_step, processes.rank, processes.world)
+    for batch in DataLoader(examples, batch_sampler=sampler, num_workers=options.workers,
+                            worker_init_fn=outlive_signals, pin_memory=device.type == "cuda"):
+        yield examples.on_device(batch, device)
+
+
+def outlive_signals(worker):
+    """In a loader process: who is signalled along with its parent goes on serving it.  A second
+    SIGTERM is the parent's own, at its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+# -------------------------------------------------------------------------------------------------
+# The training step
+
+TIME_BINS = 10           # of t, in which losses are logged
+MAX_SKIPPED = 10         # updates in a row that may be not finite
+
+
+def learning_rate(options, step):
+    """Linear up over `warmup` steps, constant, linear down over the last `cooldown` fraction."""
+    up = (step + 1) / (options.warmup + 1)
+    down = (options.steps - step) / (options.cooldown * options.steps + 1)
+    return options.lr * min(1, up, down)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)): a short run
+    averages over about its last tenth."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
+
+
+def accumulate(net, batches, options, config, processes, encoder=None):
+    """Add the gradients of one global batch, micro-batch by micro-batch; returns the sums of its
+    losses by time on this rank, as by_time()."""
+    count = options.batch_size // (processes.world * options.micro_batch)
+    sums = torch.zeros(3, TIME_BINS, device=processes.device)
+    for k in range(count):
+        x_0, y, noise, z, u = next(batches)
+        y = drop_labels(y, u, config.num_classes, options.label_dropout)
+        t = logit_normal_time(z, options.time_mean)
+        net.require_backward_grad_sync = k == count - 1      # of DDP: ranks meet once a step
+        with autocast(processes.device):
+            features = encoder(x_0) if encoder else None
+            flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
+        ((flow + REPA_WEIGHT * repa).mean() / count).backward()
+        sums += by_time(t, flow, repa)
+    return sums
+
+
+def fit(options, config, data, val_data, processes, encoder=None, signals=(), build=DiP, look=None,
+        initial=None):
+    """Train from the newest checkpoint in --out, if any, to --steps, or until there is a signal.
+
+    build(config) makes the fresh model; look(out, step, ema, data, val_data, options, signals) is
+    what happens every --sample-every steps; initial are weights that a new run starts from.
+    Returns the averaged model and the steps it has been trained for.
+    """
+    out, rank, look = Path(options.out), processes.rank, look or write_pictures
+    model, ema, optimizer, first_step, logged = begin_or_resume(options, config, data, processes,
+                                                                build, initial)
+    net = prepare(model, options, processes)
+    batches = load_examples(options, data, processes, first_step)
+    skipped, since, clock = 0, first_step, time.time()
+    bar = progress(range(first_step, options.steps), None, initial=first_step,
+                   total=options.steps, disable=rank > 0, unit="step")
+    for step in bar:
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(options, step)
+        losses = accumulate(net, batches, options, config, processes, encoder)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+        norm, stop = processes.read(norm, signals)           # the step's one wait for the device
+        if math.isfinite(norm):                              # the same on all ranks
+            optimizer.step()
+            update_ema(ema, model, step, options.ema)
+            logged, skipped = logged + losses, 0
+        else:
+            skipped += 1
+            report_skipped(out, step + 1, skipped, losses, processes)
+        optimizer.zero_grad()
+
+        done, last = step + 1, step + 1 == options.steps
+        log = last or done % options.log_every == 0
+        sample = options.sample_every and (last or done % options.sample_every == 0)
+        save = last or (stop or done % options.save_every == 0) and not skipped
+        if log or save:
+            logged = processes.reduce(logged) * (rank == 0)  # rank 0 keeps what all have seen
+        if log:
+            refuse_bad_files((data, val_data), processes)
+        if log and logged.any():
+            speed = (done - since) * options.batch_size / (time.time() - clock)
+            write_log(out, step=done, **mean_losses(logged), lr=lr, images_per_s=round(speed, 1),
+                      grad_norm=norm)
+            bar.set_postfix_str(f"loss {mean_losses(logged)['loss']:.4f}, {speed:.0f} images/s")
+            logged, since, clock = torch.zeros_like(logged), done, time.time()
+        if rank == 0 and sample:
+            look(out, done, ema, data, val_data, options, signals)
+        if rank == 0 and save:
+            write_checkpoint(
+                out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict(), step=done, tally=logged, config=asdict(config),
+                options=asdict(options), images=len(data), classes=data.classes, names=data.names)
+        if sample or save:
+            since, clock = done, time.time()                 # which are no training
+        if stop:
+            processes.barrier()                              # nobody leaves before it is saved
+            break
+    return ema, done
+
+
+def prepare(model, options, processes):
+    """The model as it is trained: compiled and recomputed block by block, in step with the other
+    processes."""
+    for module in pieces(model):
+        if options.compile:
+            module.forward = torch.compile(module.forward)
+        if options.grad_checkpoint:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    if processes.world == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
+
+
+def pieces(model):
+    """The modules that are compiled, and recomputed for --grad-checkpoint, one by one: every block,
+    of an attention head too, and every other head."""
+    heads = [getattr(model, name).head for name in ("output", "inject_detail")
+             if hasattr(getattr(model, name, None), "head")]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    return blocks + [head for head in heads if not any(isinstance(module, Block)
+                                                       for module in head.modules())]
+
+
+# -------------------------------------------------------------------------------------------------
+# A new run, or one that goes on
+
+
+def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
+    """Model, its average and optimizer, steps done, losses not yet logged: new, or from --out."""
+    out, rank, device = Path(options.out), processes.rank, processes.device
+    torch.manual_seed(options.seed)                          # the same weights on every rank
+    model = build(config).to(device)
+    path = processes.on_first(newest_intact, out, True)
+    if initial and path and rank == 0:
+        print(f"--init {options.init} is not used: {out} has checkpoints, and the run goes on "
+              f"from them; choose another --out for a new one")
+    if initial and not path:
+        start_from(initial, model, options.init, rank)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
+    first_step, logged = 0, torch.zeros(3, TIME_BINS)
+    if path:
+        first_step, logged = resume(path, options, config, data, model, ema, optimizer, rank)
+    if first_step >= options.steps:
+        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
+                         f"a larger --steps trains on")
+    if rank == 0:
+        remove_leftovers(out, first_step)
+    return model, ema, optimizer, first_step, logged.to(device)
+
+
+def start_from(initial, model, path, rank):
+    """Copy weights into a fresh model.  Another number of classes keeps the fresh label table but
+    for its null class; a projector of REPA that one of the two lacks is left out."""
+    weights, fresh = dict(initial), model.state_dict()
+    rows, name = len(fresh["label.weight"]), "label.weight"
+    if len(weights[name]) != rows:
+        table = fresh[name].clone()
+        table[-1] = weights[name][-1]
+        if rank == 0:
+            print(f"--init {path} has {len(weights[name]) - 1} classes: a new label table for "
+                  f"{rows - 1}, which keeps the null class")
+        weights[name] = table
+    for key in set(weights) ^ set(fresh):
+        if key.startswith("repa_projector."):
+            weights.pop(key, None) if key in weights else weights.update({key: fresh[key]})
+    check_fit(path, model, weights)
+    model.load_state_dict(weights)
+
+
+def identity(config, options, classes, images):
+    """What makes two runs the same: each of these settings decides what a step computes."""
+    fields = "seed", "batch_size", "time_mean", "label_dropout", "ema"
+    return {**config, **{"--" + field.replace("_", "-"): options.get(field) for field in fields},
+            "the classes": classes, "the number of images": images}
+
+
+def resume(path, options, config, data, model, ema, optimizer, rank):
+    """Put a checkpoint's state where it belongs; returns (steps already done, unlogged losses)."""
+    state = load_checkpoint(path)
+    old = identity(state["config"], state["options"], state["classes"], state["images"])
+    new = identity(asdict(config), asdict(options), data.classes, len(data))
+    differ = [f"{key}={str(old.get(key)):.60} there, {str(new[key]):.60} here"
+              for key in new if old.get(key) != new[key]]
+    if differ:
+        raise ValueError(f"{path} is of another configuration ({'; '.join(differ)}); "
+                         f"choose another --out")
+    check_fit(path, model, state["model"])
+    check_fit(path, ema, state["ema"])
+    with in_one_line(f"{path} does not fit"):
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
+        optimizer.load_state_dict(moments)   # whose settings are the options'
+        logged = torch.zeros(3, TIME_BINS).copy_(state["tally"] if rank == 0 else torch.zeros(()))
+    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
+        then, now = state["options"].get(field), getattr(options, field)
+        if then != now and rank == 0:
+            print(f"changed since the checkpoint: --{field} {then} -> {now}")
+    if rank == 0:
+        print(f"resumed at step {state['step']}")
+    return state["step"], logged
+
+
+def remove_leftovers(out, step):
+    """Drop what a killed run left: half-written files, and log lines of steps to be run again."""
+    for path in out.glob(".*.partial"):
+        path.unlink()
+    kept = [line for line in read_log(out) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    save_atomically(out / "log.jsonl", lambda path: path.write_text(text))
+
+
+@contextmanager
+def locked(out):
+    """Inside, this process alone writes into the folder.  A lock of the system, which ends with the
+    process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:                                      # no such lock on Windows
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
+                             f"choose another --out") from None
+        yield
+
+
+@contextmanager
+def noted_signals():
+    """Inside, SIGTERM and SIGINT are only noted: the loop ends itself at a whole step."""
+    noted = []
+
+    def note(number, _):
+        noted.append(number)
+        os.write(2, b"\nstopping: the step is finished and saved first\n")
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------------------------------------
+# Losses and pictures
+
+
+def by_time(t, flow, repa):
+    """Sums over the images whose t is in each tenth: of flow, of repa, of 1.  (B,) -> (3, 10)"""
+    bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    values = torch.stack([flow, repa, torch.ones_like(flow)]).detach()
+    return torch.zeros(3, TIME_BINS, device=t.device).index_add(1, bins, values)
+
+
+def mean_losses(sums, prefix=""):
+    """What by_time() added up as a line of the log: means over all images, and over each tenth."""
+    flow, repa, count = sums.sum(1).tolist()
+    tenths = [round(total / n, 6) if n else None for total, _, n in sums.T.tolist()]
+    aligned = {f"{prefix}repa": repa / count} if repa else {}
+    return {f"{prefix}loss": flow / count, **aligned, f"{prefix}loss_by_t": tenths}
+
+
+@torch.no_grad()
+def validate(model, examples, device, batch=50, limit=500, signals=()):
+    """Flow matching losses of `limit` fixed validation images and their fixed noise, by time; t is
+    logit-normal around 0 whatever --time-mean, so that all runs can be compared."""
+    sums, count = torch.zeros(3, TIME_BINS, device=device), min(limit, len(examples.data))
+    for start in progress(range(0, count, batch), "validating", leave=False):
+        stop_if(signals)
+        chunk = default_collate([examples[k] for k in range(start, min(start + batch, count))])
+        x_0, y, noise, z, _ = examples.on_device(chunk, device)
+        t = logit_normal_time(z)
+        with autocast(device):
+            sums += by_time(t, *flow_matching_loss(model, x_0, y, t, noise))
+    return sums
+
+
+class Interrupted(Exception):
+    """A signal was noted while pictures were made; the training loop sees it too."""
+
+
+def stop_if(signals):
+    if signals:
+        raise Interrupted
+
+
+def write_pictures(out, step, ema, data, val_data, options, signals=()):
+    """Validation loss into the log, a grid of samples, the loss curve; less after a signal."""
+    device = next(ema.parameters()).device
+    try:
+        if val_data:
+            losses = validate(ema, Examples(val_data, 0, "val"), device, signals=signals)
+            write_log(out, step=step, **mean_losses(losses, "val_"))
+        write_samples(out, step, ema, data.names, options.seed, signals)
+    except Interrupted:
+        pass
+    draw_loss_curve(out, options.time_mean)
+
+
+def write_samples(out, step, ema, names, seed, signals=()):
+    """A grid of the EMA's images, a class a row: samples-<step>.png.  Large images on a CPU take
+    long: fewer of them there."""
+    large = next(ema.parameters()).device.type == "cpu" and ema.config.image_size > 64
+    count, columns, steps = (min(4, len(names)), 1, 10) if large else (min(10, len(names)), 5, 20)
+    classes = [k * len(names) // count for k in range(count)]            # evenly among many
+    rows = [to_uint8(generate(ema, [c] * columns, range(columns), seed, sampler="ab2", steps=steps,
+                              cfg=2.0, watch=lambda *_: stop_if(signals)))
+            for c in progress(classes, "sampling", leave=False)]
+    picture = draw_grid(rows, [names[c] for c in classes])
+    save_atomically(out / f"samples-{step:08d}.png", lambda path: picture.save(path, "PNG"))
+
+
+def write_log(out, **line):
+    """Append a line to log.jsonl; JSON has no NaN: null."""
+    line = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+            for key, x in line.items()}
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())              # a later checkpoint must not outlive it
+
+
+def read_log(out):
+    """The lines of log.jsonl, except those that a crash or a full disk cut short."""
+    path, lines = out / "log.jsonl", []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def draw_loss_curve(out, time_mean=0.0):
+    """loss.png: the loss by step, and by time at the end; of training, and of the EMA held out."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (by_step, by_t) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lines, names = read_log(out), {"loss": f"training, logit t around {time_mean:g}",
+                                   "val_loss": "validation, EMA, logit t around 0"}
+    for key, style in (("loss", "-"), ("val_loss", "o-")):
+        points = [(line["step"], line[key], line[f"{key}_by_t"]) for line in lines
+                  if line.get(key) is not None]
+        if points:
+            steps, losses, tenths = zip(*points)
+            by_step.plot(steps, losses, style, label=names[key], markersize=3, linewidth=1)
+            heights = np.array(tenths[-1], dtype=float)
+            by_t.stairs(heights, np.linspace(0, 1, TIME_BINS + 1), label=names[key], baseline=None)
+    by_step.set(xlabel="step", ylabel="flow matching loss, Eq. (5)", yscale="log")
+    by_t.set(xlabel="t, from data to noise; at the last step", yscale="log")
+    for axes in (by_step, by_t):
+        axes.grid(alpha=0.3, which="both")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    plt.close(figure)
+
+
+def report_skipped(out, step, skipped, losses, processes):
+    """Say where an update was not finite; end the run after too many in a row."""
+    flow = processes.reduce(losses)[0].tolist()
+    where = [f"{k / TIME_BINS:.1f} to {(k + 1) / TIME_BINS:.1f}" for k in range(TIME_BINS)
+             if not math.isfinite(flow[k])]
+    what = f"the loss for t in {', '.join(where)}" if where else "the gradient, and no loss,"
+    if processes.rank == 0:
+        tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
+        write_log(out, step=step, skipped=what)
+    if skipped == MAX_SKIPPED:
+        raise FloatingPointError(
+            f"{skipped} updates in a row were not finite, the last at step {step}: {what}; last "
+            f"good checkpoint: {newest_up_to(out, step)}; try a lower --lr")
+
+
+def newest_up_to(out, step):
+    """The newest checkpoint up to a step, or None: a later one is broken, or resume() had it."""
+    name = f"ckpt-{step:08d}.pt"
+    return max((path for path in out.glob("ckpt-*.pt") if path.name <= name), default=None)
+
+
+# -------------------------------------------------------------------------------------------------
+# REPA
+
+
+class Encoder:
+    """REPA's frozen teacher: a vision transformer from torch.hub with the interface of DINOv2."""
+
+    def __init__(self, name, repo, source, device):
+        mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's, DINOv2
+        self.mean, self.std = torch.tensor(mean_and_std, device=device)[:, :, None, None]
+        try:
+            net = torch.hub.load(repo, name, source=source)
+            self.net = net.to(device).eval().requires_grad_(False)
+            self.dim = self(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
+        except Exception as error:       # the repository's own code may raise anything
+            raise ValueError(f"--repa {name}: cannot use it from {repo}: {error}") from None
+
+    @torch.no_grad()
+    def __call__(self, x_0):
+        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w), one patch for 16 x 16 pixels (REPA)"""
+        h, w = (max(1, round(side / 16)) for side in x_0.shape[-2:])
+        P = self.net.patch_size
+        x = F.interpolate((x_0 + 1) / 2, size=(h * P, w * P), mode="bicubic", antialias=True)
+        tokens = self.net.forward_features((x - self.mean) / self.std)["x_norm_patchtokens"]
+        return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+
+def load_encoder(options, processes):
+    """The encoder of --repa or None; one process a node fills the cache of torch.hub."""
+    if not options.repa:
+        return None
+    waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits:
+        processes.barrier()
+    encoder = Encoder(options.repa, options.repa_repo, options.repa_source, processes.device)
+    if not waits:
+        processes.barrier()
+    return encoder
+
+
+# -------------------------------------------------------------------------------------------------
+# The image folder
+
+
+class FolderData:
+    """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions; or
+    <root>/*.jpg, one class.
+
+    An unreadable file is named in a warning, once, and the next readable one stands in for it.
+    """
+
+    flip = True
+
+    def __init__(self, root, size):
+        self.root, self.size = Path(root), size
+        if not self.root.is_dir():
+            raise ValueError(f"--data {root} is not a folder")
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
+        files = {folder.name: list_images(folder) for folder in folders}
+        if not any(files.values()):          # no classes: unconditional training
+            files = {self.root.resolve().name: list_images(self.root)}
+        empty = [name for name in files if not files[name]]
+        if len(empty) == len(files):
+            raise ValueError(f"--data {root} has no images below it; "
+                             f"endings that are read: {' '.join(sorted(ENDINGS))}")
+        if empty:
+            raise ValueError(f"--data {root}: class folders without images: "
+                             f"{', '.join(empty[:5])}; remove them, they would shift the labels")
+        self.classes = list(files)
+        self.files = [file for name in files for file in files[name]]
+        self.labels = [label for label, name in enumerate(files) for _ in files[name]]
+        known = imagenet_names()
+        self.names = [known.get(name, name) for name in self.classes]
+        self.bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()      # with the workers
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        """uint8 (size, size, 3), label"""
+        allowed = len(self) // 100
+        for i in ((index + k) % len(self) for k in range(allowed + 1)):
+            try:
+                return read_image(self.files[i], self.size), self.labels[i]
+            except Exception as error:
+                if is_of_the_system(error):
+                    raise
+                if not self.bad[i]:
+                    self.bad[i] = True
+                    tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
+                               f"stands in for it", file=sys.stderr)
+        raise self.too_many_bad(self.bad.nonzero().flatten().tolist())
+
+    def too_many_bad(self, bad):
+        """The error that lists unreadable files, given their indices."""
+        names = ", ".join(self.files[i] for i in sorted(bad)[:20])
+        return ValueError(f"--data {self.root}: {len(bad)} of {len(self)} images unreadable, "
+                          f"more than 1 %: {names}{', ...' if len(bad) > 20 else ''}")
+
+
+def refuse_bad_files(datasets, processes):
+    """End the run, on all ranks, if more than 1 % of the files turned out unreadable on any."""
+    for data in filter(None, datasets):
+        bad = set().union(*processes.gather(data.bad.nonzero().flatten().tolist()))
+        if len(bad) > len(data) / 100:
+            raise data.too_many_bad(bad)
+
+
+def open_data(data, size):
+    """(training set, validation set or None): DIR/train and DIR/val if there, else DIR itself."""
+    if data is None:
+        return ShapesData(size), ShapesData(size, 1000, first=10**6)
+    train, val = Path(data) / "train", Path(data) / "val"
+    if not train.is_dir():
+        if val.is_dir():
+            raise ValueError(f"--data {data} has val/ but no train/; give {val} itself to train "
+                             f"on it")
+        return FolderData(data, size), None
+    training = FolderData(train, size)
+    if not val.is_dir():
+        return training, None
+    validation = FolderData(val, size)
+    if differ := sorted(set(validation.classes) ^ set(training.classes)):
+        raise ValueError(f"--data {data}: val/ and train/ have different classes; in one of them "
+                         f"only: {', '.join(differ[:5])}{', ...' if len(differ) > 5 else ''}")
+    return training, validation
+
 
 # -------------------------------------------------------------------------------------------------
 # The embedded data: drawn, not downloaded.  A class is a shape that spans many patches, filled
@@ -127,610 +899,54 @@ class ShapesData:
 
 
 # -------------------------------------------------------------------------------------------------
-# The image folder
-
-
-def imagenet_names():
-    """{wnid: readable name} in the usual order of the 1000 classes, that of the sorted wnids."""
-    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
-    return dict(line.split(" ", 1) for line in lines)
-
-
-class FolderData:
-    """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions.
-
-    An unreadable file is named in a warning, once, and the next readable one stands in for it.
-    """
-
-    flip = True
-
-    def __init__(self, root, size):
-        self.root, self.size = Path(root), size
-        if not self.root.is_dir():
-            raise ValueError(f"--data {root} is not a folder")
-        self.files, self.labels, self.classes = [], [], []
-        for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
-            files = list_images(folder)
-            if files:
-                self.files += files
-                self.labels += [len(self.classes)] * len(files)
-                self.classes.append(folder.name)
-        if not self.files:
-            raise ValueError(f"--data {root} has no <class>/*.jpg below it; "
-                             f"endings that are read: {' '.join(sorted(ENDINGS))}")
-        known = imagenet_names()
-        self.names = [known.get(name, name) for name in self.classes]
-        self.bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()      # with the workers
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        """uint8 (size, size, 3), label"""
-        allowed = len(self) // 100
-        for i in ((index + k) % len(self) for k in range(allowed + 1)):
-            try:
-                return read_image(self.files[i], self.size), self.labels[i]
-            except Exception as error:
-                if is_of_the_system(error):
-                    raise
-                if not self.bad[i]:
-                    self.bad[i] = True
-                    tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
-                               f"stands in for it", file=sys.stderr)
-        raise self.complaint(self.bad.nonzero().flatten().tolist())
-
-    def complaint(self, bad):
-        """The error that lists unreadable files, given their indices."""
-        names = ", ".join(self.files[i] for i in sorted(bad)[:20])
-        return ValueError(f"--data {self.root}: {len(bad)} of {len(self)} images unreadable, "
-                          f"more than 1 %: {names}{', ...' if len(bad) > 20 else ''}")
-
-
-def open_data(data, size):
-    """(training set, validation set or None): DIR/train and DIR/val if there, else DIR itself."""
-    if data is None:
-        return ShapesData(size), ShapesData(size, 1000, first=10**6)
-    train, val = Path(data) / "train", Path(data) / "val"
-    if not train.is_dir():
-        return FolderData(data, size), None
-    training = FolderData(train, size)
-    if not val.is_dir():
-        return training, None
-    validation = FolderData(val, size)
-    if validation.classes != training.classes:
-        raise ValueError(f"--data {data}: val/ and train/ have different classes")
-    return training, validation
-
-
-# -------------------------------------------------------------------------------------------------
-# Examples: everything random in training, as a function of (seed, position in the run)
-
-
-class Examples(Dataset):
-    """Example k of a run: image, label, and the random numbers it is to be noised with."""
-
-    def __init__(self, data, seed, purpose="train"):
-        self.data, self.seed, self.purpose, self.epoch = data, seed, purpose, None
-
-    def index(self, k):
-        """Which image example k shows: every epoch is a new permutation."""
-        epoch, place = divmod(k, len(self.data))
-        if epoch != self.epoch:
-            generator = random_stream(self.seed, self.purpose, "epoch", epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator)
-        return int(self.order[place])
-
-    def __getitem__(self, k):
-        """x_0 (3, H, W) in [-1, 1], y (), noise (3, H, W), z () ~ N(0, 1) for the time, and
-        u () ~ U(0, 1) for label dropout"""
-        index, g = self.index(k), random_stream(self.seed, self.purpose, k)
-        z, (u, coin) = torch.randn((), generator=g), torch.rand(2, generator=g)
-        pixels, label = self.data[index]
-        x_0 = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-        if self.data.flip and self.purpose == "train" and coin < 0.5:
-            x_0 = x_0.flip(-1)
-        return x_0, label, torch.randn(x_0.shape, generator=g), z, u
-
-
-def positions(first_step, last_step, batch, micro_batch, rank, world):
-    """Step by step this rank's share of the global batch, one list of positions per micro-batch."""
-    share = batch // world
-    for step in range(first_step, last_step):
-        start = step * batch + rank * share
-        for k in range(start, start + share, micro_batch):
-            yield list(range(k, k + micro_batch))
-
-
-# -------------------------------------------------------------------------------------------------
-# Options
-
-PAPER = dict(image_size=256, steps=1_600_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0.0,
-             time_mean=0.0)                  # Table 4; steps: 320 epochs of ImageNet
-LAPTOP = dict(image_size=48, steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3,
-              time_mean=0.8)                 # minutes on two cores
-
-
-@dataclass
-class TrainOptions:
-    data: str | None = option(None, "image folder [embedded shapes]", group="data", metavar="DIR")
-    image_size: int | None = option(None, "height and width in pixels [256; CPU: 48]")
-    workers: int | None = option(None, "loader processes [8 with CUDA and --data, else 0]")
-
-    model: str | None = option(None, "preset of dip.py [DiP-XL/16; CPU: DiP-Nano/16]",
-                               group="model", metavar="NAME")
-    set: tuple = option((), "other DiPConfig fields, as head=mlp depth=4", nargs="+",
-                        action="extend", metavar="FIELD=VALUE")
-    repa: str | None = option(None, "align with this encoder, as dinov2_vitb14 [no REPA]",
-                              metavar="ENCODER")
-    repa_repo: str = option("facebookresearch/dinov2", "torch.hub repository of the encoder")
-    repa_source: str = option("github", "local: --repa-repo is a folder",
-                              choices=("github", "local"))
-
-    steps: int | None = option(None, "updates [1600000; CPU: 3500]", group="training")
-    batch_size: int | None = option(None, "images an update, over all processes [256; CPU: 16]")
-    micro_batch: int | None = option(None, "images a pass and process; the rest accumulates [all]")
-    lr: float | None = option(None, "AdamW's learning rate [1e-4; CPU: 3e-3]")
-    warmup: int | None = option(None, "steps in which lr rises [0; CPU: 50]")
-    cooldown: float | None = option(None, "last share of steps, in which lr falls [0; CPU: 0.3]")
-    clip: float = option(1.0, "largest gradient norm; 0 = no limit")
-    ema: float = option(0.9999, "decay of the averaged weights, reached by warm-up")
-    time_mean: float | None = option(None, "mean of logit t, whose deviation is 1 [0; CPU: 0.8]")
-    label_dropout: float = option(0.1, "share of labels hidden, for guidance")
-    seed: int = option(0, "of weights, order and noise: the run is a function of it")
-
-    out: str | None = option(None, "folder of the run [runs/MODEL-SIZE]", group="output",
-                             metavar="DIR")
-    log_every: int = option(50, "steps between lines of log.jsonl")
-    sample_every: int = option(0, "steps between grids and validations; 0: five a run or 10000")
-    save_every: int = option(0, "steps between checkpoints; 0: as --sample-every")
-    keep: int = option(2, "newest checkpoints kept")
-
-    device: str = option("auto", "auto, cpu, cuda, mps", group="machine")
-    compile: bool = option(False, "torch.compile the model")
-    grad_checkpoint: bool = option(False, "recompute activations: less memory, more time")
-
-
-def configure(options, processes):
-    """Fill in what the user left open; returns the DiPConfig, but for num_classes and repa_dim."""
-    device, world = processes.device, processes.world
-    laptop = device.type != "cuda" and options.model is None
-    defaults = LAPTOP if laptop else PAPER
-    if laptop and (options.image_size or 0) > 64:            # fewer images: steps stay short
-        defaults = LAPTOP | {"batch_size": max(4, 16 * 64**2 // options.image_size**2)}
-    if laptop and processes.rank == 0:
-        print("no CUDA and no --model: a small model with settings for minutes, not the paper's")
-    options.model = options.model or ("DiP-Nano/16" if laptop else "DiP-XL/16")
-    check_choice("--model", options.model, PRESETS)
-    for field, value in defaults.items():
-        if getattr(options, field) is None:
-            setattr(options, field, value)
-    options.sample_every = options.sample_every or min(10_000, max(1, options.steps // 5))
-    options.save_every = options.save_every or options.sample_every
-    if options.workers is None:
-        options.workers = 8 if device.type == "cuda" and options.data else 0
-    at_least(1, steps=options.steps, batch_size=options.batch_size, image_size=options.image_size,
-             log_every=options.log_every, save_every=options.save_every, keep=options.keep,
-             sample_every=options.sample_every,
-             micro_batch=1 if options.micro_batch is None else options.micro_batch)
-    if options.micro_batch is None:
-        options.micro_batch = max(1, options.batch_size // world)
-    if options.batch_size % (world * options.micro_batch):
-        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
-                         f"{world} processes x --micro-batch {options.micro_batch}")
-    at_least(0, lr=options.lr, warmup=options.warmup, clip=options.clip, workers=options.workers,
-             seed=options.seed)
-    if not abs(options.time_mean) < 100 or options.seed >= 2**63:
-        raise ValueError(f"--time-mean {options.time_mean}, --seed {options.seed}: out of range")
-    for field in ("cooldown", "ema", "label_dropout"):
-        if not 0 <= getattr(options, field) <= 1:
-            name, value = field.replace("_", "-"), getattr(options, field)
-            raise ValueError(f"--{name} {value} is a share: it must be from 0 to 1")
-    config = PRESETS[options.model]
-    fields = {field: type(value) for field, value in asdict(config).items()
-              if field not in ("image_size", "num_classes", "repa_dim")}     # flag, data, encoder
-    changes = {}
-    for pair in options.set:
-        field, _, value = pair.partition("=")
-        check_choice("--set", field, fields)
-        try:
-            changes[field] = fields[field](value)
-        except ValueError:
-            raise ValueError(f"--set {pair}: {field} is a {fields[field].__name__}") from None
-    config = config.replace(image_size=options.image_size, **changes)
-    name = "-".join([options.model, *options.set, str(options.image_size)])
-    options.out = options.out or "runs/" + re.sub(r"[^\w.-]+", "-", name)
-    return config
-
-
-# -------------------------------------------------------------------------------------------------
-# Pieces of the loop
-
-
-def learning_rate(options, step):
-    """Linear up over `warmup` steps, constant, linear down over the last `cooldown` share."""
-    up = (step + 1) / (options.warmup + 1)
-    down = (options.steps - step) / (options.cooldown * options.steps + 1)
-    return options.lr * min(1, up, down)
-
-
-class Encoder:
-    """REPA's frozen teacher: a vision transformer from torch.hub with the interface of DINOv2."""
-
-    def __init__(self, name, repo, source, device):
-        mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's, DINOv2
-        self.mean, self.std = torch.tensor(mean_and_std, device=device)[:, :, None, None]
-        try:
-            net = torch.hub.load(repo, name, source=source)
-            self.net = net.to(device).eval().requires_grad_(False)
-            self.dim = self(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
-        except Exception as error:       # the repository's own code may raise anything
-            raise ValueError(f"--repa {name}: cannot use it from {repo}: {error}") from None
-
-    @torch.no_grad()
-    def __call__(self, x_0):
-        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w), one patch for 16 x 16 pixels (REPA)"""
-        h, w = (max(1, round(side / 16)) for side in x_0.shape[-2:])
-        P = self.net.patch_size
-        x = F.interpolate((x_0 + 1) / 2, size=(h * P, w * P), mode="bicubic", antialias=True)
-        tokens = self.net.forward_features((x - self.mean) / self.std)["x_norm_patchtokens"]
-        return tokens.transpose(1, 2).unflatten(2, (h, w))
-
-
-def checkpoint_activations(model):
-    """Let the backward pass compute the inside of each block and of the head once more, instead of
-    keeping it: the same gradients for less memory and more time."""
-    for module in (*model.blocks, model.output):
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-
-@torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)): a short run
-    averages over about its last tenth."""
-    decay = min(decay, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
-
-
-TIME_BINS = 10           # of t, in which losses are logged
-MAX_SKIPPED = 10         # updates in a row that may be not finite
-
-
-def by_time(t, flow, repa):
-    """Sums over the images whose t is in each tenth: of flow, of repa, of 1.  (B,) -> (3, 10)"""
-    bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    values = torch.stack([flow, repa, torch.ones_like(flow)]).detach()
-    return torch.zeros(3, TIME_BINS, device=t.device).index_add(1, bins, values)
-
-
-def mean_losses(tally, prefix=""):
-    """What by_time() added up as a line of the log: means over all images, and over each tenth."""
-    flow, repa, count = tally.sum(1).tolist()
-    tenths = [round(total / n, 6) if n else None for total, _, n in tally.T.tolist()]
-    aligned = {f"{prefix}repa": repa / count} if repa else {}
-    return {f"{prefix}loss": flow / count, **aligned, f"{prefix}loss_by_t": tenths}
-
-
-@torch.no_grad()
-def validate(model, examples, device, batch=50, limit=500):
-    """Flow matching losses of `limit` fixed validation images and their fixed noise, by time."""
-    tally, count = torch.zeros(3, TIME_BINS, device=device), min(limit, len(examples.data))
-    for start in range(0, count, batch):
-        chunk = [examples[k] for k in range(start, min(start + batch, count))]
-        x_0, y, noise, z, _ = (x.to(device) for x in default_collate(chunk))
-        t = logit_normal_time(z)
-        with autocast(device):
-            tally += by_time(t, *flow_matching_loss(model, x_0, y, t, noise))
-    return tally
-
-
-@contextmanager
-def noted_signals():
-    """Inside, SIGTERM and SIGINT are only written down: the loop ends itself at a whole step."""
-    noted = []
-    before = {number: signal.signal(number, lambda number, _: noted.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def spare(worker):
-    """In a loader process: who is signalled along with its parent goes on serving it.  A second
-    SIGTERM is the parent's own, at its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-
-
-def saved(out, step):
-    """The newest checkpoint up to a step, or None: a later one is broken, or resume() had it."""
-    name = f"ckpt-{step:08d}.pt"
-    return max((path for path in out.glob("ckpt-*.pt") if path.name <= name), default=None)
-
-
-def write_checkpoint(out, keep, **state):
-    """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond `keep`."""
-    path = out / f"ckpt-{state['step']:08d}.pt"
-    save_atomically(path, lambda partial: torch.save(state, partial))
-    for old in sorted(old for old in out.glob("ckpt-*.pt") if old <= path)[:-keep]:
-        old.unlink()
-
-
-def write_samples(out, step, ema, names, seed):
-    """A grid of the EMA's images, a class a row: samples-<step>.png"""
-    count = min(10, len(names))
-    classes = [k * len(names) // count for k in range(count)]            # evenly among many
-    rows = [to_uint8(generate(ema, [c] * 5, range(5), seed, sampler="ab2", steps=20, cfg=2.0))
-            for c in classes]
-    picture = draw_grid(rows, [names[c] for c in classes])
-    save_atomically(out / f"samples-{step:08d}.png", lambda path: picture.save(path, "PNG"))
-
-
-def write_log(out, **line):
-    with (out / "log.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())              # a later checkpoint must not outlive it
-
-
-def read_log(out):
-    """The lines of log.jsonl, but for those that a crash or a full disk cut short."""
-    path, lines = out / "log.jsonl", []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
-def draw_loss_curve(out):
-    """loss.png: the loss by step, and by time at the end; of training, and of the EMA held out."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (by_step, by_t) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    lines = read_log(out)
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation, EMA", "o-")):
-        points = [(line["step"], line[key], line[f"{key}_by_t"]) for line in lines if key in line]
-        if points:
-            steps, losses, tenths = zip(*points)
-            by_step.plot(steps, losses, style, label=label, markersize=3, linewidth=1)
-            heights = np.array(tenths[-1], dtype=float)
-            by_t.stairs(heights, np.linspace(0, 1, TIME_BINS + 1), label=label, baseline=None)
-    by_step.set(xlabel="step", ylabel="flow matching loss, Eq. (5)", yscale="log")
-    by_t.set(xlabel="t, from data to noise; at the last step", yscale="log")
-    for axes in (by_step, by_t):
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    plt.close(figure)
-
-
-def resume(path, options, config, data, model, ema, optimizer, rank):
-    """Put a checkpoint's state where it belongs; returns (steps already done, unlogged losses)."""
-    state = load_checkpoint(path)
-    old, new = state["config"], asdict(config)
-    differ = [f"{key}={old.get(key)!r} there, {new[key]!r} here"
-              for key in new if old.get(key) != new[key]]
-    for field in ("seed", "batch_size", "time_mean", "label_dropout", "ema"):
-        if state["options"].get(field) != getattr(options, field):
-            differ.append(f"--{field.replace('_', '-')} {state['options'].get(field)} there, "
-                          f"{getattr(options, field)} here")
-    if state["classes"] != data.classes:
-        differ.append("other classes")
-    if state["images"] != len(data):         # another order of images
-        differ.append(f"{state['images']} images there, {len(data)} here")
-    if differ:
-        raise ValueError(f"{path} is of another configuration ({'; '.join(differ)}); "
-                         f"choose another --out")
-    try:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
-        optimizer.load_state_dict(moments)   # whose settings are the options'
-        tally = torch.zeros(3, TIME_BINS).copy_(state["tally"] if rank == 0 else torch.zeros(()))
-    except Exception as error:               # whatever a file from a stranger may raise
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} does not fit: {line}") from None
-    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
-        before, now = state["options"].get(field), getattr(options, field)
-        if before != now and rank == 0:
-            print(f"changed since the checkpoint: --{field} {before} -> {now}")
-    if rank == 0:
-        print(f"resumed at step {state['step']}")
-    return state["step"], tally
-
-
-def tidy(out, step):
-    """Drop what a killed run left: half-written files, and log lines of steps to be run again."""
-    for path in out.glob(".*.partial"):
-        path.unlink()
-    kept = [line for line in read_log(out) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    save_atomically(out / "log.jsonl", lambda path: path.write_text(text))
-
-
-# -------------------------------------------------------------------------------------------------
-# The run
+# The command
 
 
 def announce(options, config, data, processes):
     """The first lines: what is going to happen, and every setting."""
     parameters, flops = cost(config)
-    world, passes = processes.world, options.batch_size // processes.world // options.micro_batch
-    print(f"{options.model}: {parameters / 1e6:.2f} M weights, {flops / 1e9:.3g} GFLOPs a forward, "
-          f"{processes.device}, {world} process{'es' * (world > 1)}")
+    world = processes.world
+    count = options.batch_size // world // options.micro_batch
+    print(f"{options.model or options.init}: {parameters / 1e6:.2f} M weights, {flops / 1e9:.3g} "
+          f"GFLOPs per forward pass, {processes.device}, {world} process{'es' * (world > 1)}")
     print(f"{options.data or 'embedded shapes'}: {len(data)} images of {options.image_size} x "
-          f"{options.image_size} in {len(data.classes)} classes")
-    print(f"{options.steps} steps of {options.batch_size} images in {passes} "
-          f"pass{'es' * (passes > 1)}, into {options.out}")
+          f"{options.image_size} in {len(data.classes)} class{'es' * (len(data.classes) > 1)}")
+    print(f"{options.steps} steps of {options.batch_size} images in {count} "
+          f"micro-batch{'es' * (count > 1)} of {options.micro_batch} a process, into {options.out}")
+    days = 3 * flops * options.batch_size * options.steps / 5e10 / 86400
+    if processes.device.type == "cpu" and days > 2:
+        print(f"note: this is about {days:.0f} days of a CPU at 50 GFLOP/s; --steps, --batch-size, "
+              f"--image-size and --model make it less")
     for kind, settings in (("options", options), ("config", config)):
         pairs = asdict(settings).items()
         print(f"{kind}: " + " ".join(f"{key}={value}" for key, value in pairs if value is not None))
 
 
-def refuse_bad_files(data, processes):
-    """End the run, on all ranks, if more than 1 % of the files turned out unreadable on any."""
-    bad = set().union(*processes.gather(data.bad.nonzero().flatten().tolist()))
-    if len(bad) > len(data) / 100:
-        raise data.complaint(bad)
-
-
-def show(out, step, ema, data, val_data, seed):
-    """Validation loss into the log, a grid of samples, the loss curve."""
-    if val_data:
-        device = next(ema.parameters()).device
-        losses = validate(ema, Examples(val_data, 0, "val"), device)
-        write_log(out, step=step, **mean_losses(losses, "val_"))
-    write_samples(out, step, ema, data.names, seed)
-    draw_loss_curve(out)
-
-
-def report_skipped(out, step, skipped, losses, processes):
-    """Say where an update was not finite; end the run after too many in a row."""
-    flow = processes.reduce(losses)[0].tolist()
-    where = [f"{k / TIME_BINS:.1f} to {(k + 1) / TIME_BINS:.1f}" for k in range(TIME_BINS)
-             if not np.isfinite(flow[k])]
-    what = f"the loss for t in {', '.join(where)}" if where else "the gradient, and no loss,"
-    if processes.rank == 0:
-        tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
-        write_log(out, step=step, skipped=what)
-    if skipped == MAX_SKIPPED:
-        raise FloatingPointError(f"{skipped} updates in a row were not finite, the last at step "
-                                 f"{step}: {what}; last good checkpoint: {saved(out, step)}; "
-                                 f"try a lower --lr")
-
-
-def begin(options, config, data, processes, build):
-    """Model, its average and optimizer, steps done and unlogged losses: new, or from --out."""
-    out, rank, device = Path(options.out), processes.rank, processes.device
-    torch.manual_seed(options.seed)                          # the same weights on every rank
-    model = build(config).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
-    first_step, tally = 0, torch.zeros(3, TIME_BINS)
-    if path := processes.on_first(newest_intact, out, True):
-        first_step, tally = resume(path, options, config, data, model, ema, optimizer, rank)
-    if first_step >= options.steps:
-        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
-                         f"a larger --steps trains on")
-    if rank == 0:
-        tidy(out, first_step)
-    return model, ema, optimizer, first_step, tally.to(device)
-
-
-def load(options, data, processes, first_step):
-    """This rank's passes through the rest of the run, as Examples describes them, on its device."""
-    device = processes.device
-    shares = positions(first_step, options.steps, options.batch_size, options.micro_batch,
-                       processes.rank, processes.world)
-    for batch in DataLoader(Examples(data, options.seed), batch_sampler=shares,
-                            num_workers=options.workers, worker_init_fn=spare,
-                            pin_memory=device.type == "cuda"):
-        yield [x.to(device, non_blocking=True) for x in batch]
-
-
-def fit(options, config, data, val_data, processes, encoder=None, signals=(), build=DiP, look=show):
-    """Train from the newest checkpoint in --out, if any, to --steps, or until there is a signal.
-
-    build(config) makes the fresh model; look(out, step, ema, data, val_data, seed) is what happens
-    every --sample-every steps.  Returns the averaged model and the steps it has been trained for.
-    """
-    out, rank, world, device = Path(options.out), processes.rank, processes.world, processes.device
-    model, ema, optimizer, first_step, tally = begin(options, config, data, processes, build)
-    if options.grad_checkpoint:
-        checkpoint_activations(model)
-    net = torch.compile(model) if options.compile else model
-    net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    batches, seconds, skipped = load(options, data, processes, first_step), [], 0
-    passes = options.batch_size // (world * options.micro_batch)
-    progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps,
-                    disable=rank > 0, unit="step", dynamic_ncols=True)
-    for step in progress:
-        start = time.time()
-        lr = learning_rate(options, step)
-        optimizer.param_groups[0]["lr"] = lr
-        losses = torch.zeros_like(tally)
-        for k in range(passes):
-            x_0, y, noise, z, u = next(batches)
-            y = drop_labels(y, u, config.num_classes, options.label_dropout)
-            t = logit_normal_time(z, options.time_mean)
-            early = world > 1 and k < passes - 1             # ranks meet in the last pass only
-            with net.no_sync() if early else nullcontext():
-                with autocast(device):
-                    features = encoder(x_0) if encoder else None
-                    flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
-                ((flow + REPA_WEIGHT * repa).mean() / passes).backward()
-            losses += by_time(t, flow, repa)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or float("inf"))
-        if norm.isfinite():                                  # the same on all ranks
-            optimizer.step()
-            update_ema(ema, model, step, options.ema)
-            tally, skipped = tally + losses, 0
-        else:
-            skipped += 1
-            report_skipped(out, step + 1, skipped, losses, processes)
-        optimizer.zero_grad()
-        seconds.append(time.time() - start)
-
-        done, last, stop = step + 1, step + 1 == options.steps, processes.any(signals)
-        log, sample, save = (last or done % every == 0 for every in
-                             (options.log_every, options.sample_every, options.save_every))
-        save = last or (save or stop) and not skipped        # none but the last in a bad stretch
-        if log or save:
-            tally = processes.reduce(tally) * (rank == 0)    # rank 0 keeps what all have seen
-        for part in filter(None, (data, val_data) if log else ()):
-            refuse_bad_files(part, processes)
-        if rank == 0 and log and tally.any():
-            means, speed = mean_losses(tally), options.batch_size * len(seconds) / sum(seconds)
-            write_log(out, step=done, **means, lr=lr, images_per_s=round(speed, 1),
-                      grad_norm=None if skipped else norm.item())
-            progress.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
-            tally, seconds = torch.zeros_like(tally), []
-        if rank == 0 and sample:
-            look(out, done, ema, data, val_data, options.seed)
-        if rank == 0 and save:
-            write_checkpoint(
-                out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), step=done, tally=tally, config=asdict(config),
-                options=asdict(options), images=len(data), classes=data.classes, names=data.names)
-        if stop:
-            processes.barrier()                              # nobody leaves before it is saved
-            break
-    return ema, done
-
-
 def main():
     options = parse_options(TrainOptions, __doc__)
     processes = start_processes(options.device)
-    config = configure(options, processes)
+    initial = load_model(options.init, "cpu") if options.init else None
+    config = configure(options, processes, initial and (
+        initial[0].config, initial[1]["options"].get("model", "")))
     data, val_data = open_data(options.data, options.image_size)
-    encoder = None
-    if options.repa:                             # one process a node fills the cache of torch.hub
-        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-        if waits:
-            processes.barrier()
-        encoder = Encoder(options.repa, options.repa_repo, options.repa_source, processes.device)
-        if not waits:
-            processes.barrier()
+    encoder = load_encoder(options, processes)
     config = config.replace(num_classes=len(data.classes), repa_dim=encoder.dim if encoder else 0)
+    choose_micro_batch(options, config, processes)
     if processes.rank == 0:
         announce(options, config, data, processes)
-    with noted_signals() as signals:
-        _, done = fit(options, config, data, val_data, processes, encoder, signals)
+    out, weights = Path(options.out), initial and initial[0].state_dict()
+    with locked(out) if processes.rank == 0 else nullcontext(), noted_signals() as signals:
+        _, done = fit(options, config, data, val_data, processes, encoder, signals, initial=weights)
+    if processes.rank > 0:
+        return 128 + max(signals, default=signal.SIGTERM) if done < options.steps else 0
     if done < options.steps:
-        if processes.rank == 0:
-            print(f"stopped by a signal after step {done}; the same command goes on from "
-                  f"{saved(Path(options.out), done) or 'the beginning'}")
+        print(f"stopped by a signal after step {done}; the same command continues from "
+              f"{newest_up_to(out, done) or 'the beginning'}")
         return 128 + max(signals, default=signal.SIGTERM)    # as a shell counts
-    if processes.rank == 0:
-        print(f"done: look at {options.out}/samples-{done:08d}.png and {options.out}/loss.png; "
-              f'next:\n    python sample.py --class "{data.names[0]}"')
+    ckpt = "" if out.parts[0] == "runs" else f" --ckpt {shlex.quote(str(out))}"
+    samples = f"{out}/samples-{done:08d}.png and " if options.sample_every else ""
+    print(f"done: look at {samples}{out}/loss.png; next:\n"
+          f"    python sample.py{ckpt} --class {shlex.quote(data.names[0])}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from sample import Processes, find_checkpoint, run_main
 
 ROOT = Path(__file__).parents[1]
 TINY = """--model DiP-Nano/16 --set hidden_size=16 depth=2 num_heads=2 head_depth=2 head_width=4
-    patch_size=4 --image-size 16 --batch-size 4 --lr 1e-3 --device cpu"""
+    patch_size=4 --image-size 16 --batch-size 4 --lr 1e-3 --warmup 0 --cooldown 0 --time-mean 0
+    --device cpu"""
 
 
 def run(monkeypatch, module, *words):

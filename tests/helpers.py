@@ -16,7 +16,7 @@ SMALL = DiPConfig(
     head_depth=2,
 )
 VARIANTS = {
-    "none": SMALL.replace(head="none"),
+    "none": SMALL.replace(head="none", head_width=0, head_depth=0),
     "unet": SMALL,
     "mlp": SMALL.replace(head="mlp", head_width=32, head_depth=2),
     "coordinate": SMALL.replace(head="coordinate", head_width=8, head_depth=2),
