@@ -392,7 +392,7 @@ def is_of_the_system(error):
 
 CHECKPOINT = {"config": dict, "ema": dict, "step": int, "classes": list, "names": list,
               "options": dict}                               # enough to sample from
-RESUMABLE = {"model": dict, "optimizer": dict, "tally": torch.Tensor, "images": int}
+RESUMABLE = {"model": dict, "optimizer": dict, "unlogged": torch.Tensor, "images": int}
 
 
 def write_checkpoint(out, keep, **state):
@@ -521,7 +521,7 @@ def read_ours(path, ema):
         if len(labels) != 2 * config.num_classes or not all(isinstance(x, str) for x in labels):
             raise ValueError(f"classes and names are not {config.num_classes} texts each")
     return weights, config, {key: value for key, value in state.items()
-                             if key not in ("model", "ema", "optimizer", "tally")}
+                             if key not in ("model", "ema", "optimizer", "unlogged")}
 
 
 def read_release(path, state, ema):

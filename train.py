@@ -190,7 +190,8 @@ def choose_micro_batch(options, config, processes):
         need = (fixed + candidates[-1] * per_image) / 2**30
         raise ValueError(
             f"--micro-batch {candidates[-1]} needs about {need:.1f} GiB, {free / 2**30:.1f} GiB "
-            f"are free; a smaller --micro-batch, --image-size or --model, or --grad-checkpoint, helps")
+            f"are free; a smaller --micro-batch, --image-size or --model, or --grad-checkpoint, "
+            f"helps")
     options.micro_batch = fitting[0]
 
 
@@ -348,7 +349,7 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
     Returns the averaged model and the steps it has been trained for.
     """
     out, rank, look = Path(options.out), processes.rank, look or write_pictures
-    model, ema, optimizer, first_step, logged = begin_or_resume(options, config, data, processes,
+    model, ema, optimizer, first_step, unlogged = begin_or_resume(options, config, data, processes,
                                                                 build, initial)
     net = prepare(model, options, processes)
     batches = load_examples(options, data, processes, first_step)
@@ -363,7 +364,7 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
         if math.isfinite(norm):                              # the same on all ranks
             optimizer.step()
             update_ema(ema, model, step, options.ema)
-            logged, skipped = logged + losses, 0
+            unlogged, skipped = unlogged + losses, 0
         else:
             skipped += 1
             report_skipped(out, step + 1, skipped, losses, processes)
@@ -374,22 +375,23 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or (stop or done % options.save_every == 0) and not skipped
         if log or save:
-            logged = processes.reduce(logged) * (rank == 0)  # rank 0 keeps what all have seen
+            unlogged = processes.reduce(unlogged) * (rank == 0)  # rank 0 keeps what all have seen
         if log:
             refuse_bad_files((data, val_data), processes)
-        if log and logged.any():
+        if log and unlogged.any():
             speed = (done - since) * options.batch_size / (time.time() - clock)
-            write_log(out, step=done, **mean_losses(logged), lr=lr, images_per_s=round(speed, 1),
+            write_log(out, step=done, **mean_losses(unlogged), lr=lr, images_per_s=round(speed, 1),
                       grad_norm=norm)
-            bar.set_postfix_str(f"loss {mean_losses(logged)['loss']:.4f}, {speed:.0f} images/s")
-            logged, since, clock = torch.zeros_like(logged), done, time.time()
+            bar.set_postfix_str(f"loss {mean_losses(unlogged)['loss']:.4f}, {speed:.0f} images/s")
+            unlogged, since, clock = torch.zeros_like(unlogged), done, time.time()
         if rank == 0 and sample:
             look(out, done, ema, data, val_data, options, signals)
         if rank == 0 and save:
             write_checkpoint(
                 out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), step=done, tally=logged, config=asdict(config),
-                options=asdict(options), images=len(data), classes=data.classes, names=data.names)
+                optimizer=optimizer.state_dict(), step=done, unlogged=unlogged,
+                config=asdict(config), options=asdict(options), images=len(data),
+                classes=data.classes, names=data.names)
         if sample or save:
             since, clock = done, time.time()                 # which are no training
         if stop:
@@ -438,15 +440,15 @@ def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
         start_from(initial, model, options.init, rank)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
-    first_step, logged = 0, torch.zeros(3, TIME_BINS)
+    first_step, unlogged = 0, torch.zeros(3, TIME_BINS)
     if path:
-        first_step, logged = resume(path, options, config, data, model, ema, optimizer, rank)
+        first_step, unlogged = resume(path, options, config, data, model, ema, optimizer, rank)
     if first_step >= options.steps:
         raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
                          f"a larger --steps trains on")
     if rank == 0:
         remove_leftovers(out, first_step)
-    return model, ema, optimizer, first_step, logged.to(device)
+    return model, ema, optimizer, first_step, unlogged.to(device)
 
 
 def start_from(initial, model, path, rank):
@@ -492,14 +494,16 @@ def resume(path, options, config, data, model, ema, optimizer, rank):
         ema.load_state_dict(state["ema"])
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)   # whose settings are the options'
-        logged = torch.zeros(3, TIME_BINS).copy_(state["tally"] if rank == 0 else torch.zeros(()))
+        unlogged = torch.zeros(3, TIME_BINS)
+        if rank == 0:                        # which keeps what all have seen
+            unlogged.copy_(state["unlogged"])
     for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
         then, now = state["options"].get(field), getattr(options, field)
         if then != now and rank == 0:
             print(f"changed since the checkpoint: --{field} {then} -> {now}")
     if rank == 0:
         print(f"resumed at step {state['step']}")
-    return state["step"], logged
+    return state["step"], unlogged
 
 
 def remove_leftovers(out, step):

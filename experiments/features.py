@@ -36,7 +36,7 @@ def tokens(model, examples, n):
     device = next(model.parameters()).device
     for start in range(0, n, 100):
         chunk = [examples[k] for k in range(start, min(start + 100, n))]
-        x_0, y, noise, *_ = default_collate(chunk)
+        x_0, y, noise, *_ = examples.on_device(default_collate(chunk), "cpu")
         t, null = torch.full((len(y),), TIME), torch.full_like(y, model.config.num_classes)
         model(interpolate(x_0, noise, t).to(device), t.to(device), null.to(device))
         labels.append(y)

@@ -70,9 +70,9 @@ def error_of_detail(images, truth):
     return float(power(images.astype(float) - truth).mean() / power(truth.astype(float)))
 
 
-def look(out, step, ema, data, val_data, seed):
+def look(out, step, ema, data, val_data, options, signals):
     """Draw the image four times; note how well."""
-    images = to_uint8(generate(ema, [0] * 4, range(4), seed, **SAMPLING))
+    images = to_uint8(generate(ema, [0] * 4, range(4), options.seed, **SAMPLING))
     write_json(out / f"look-{step:08d}.json", dict(
         step=step, psnr=psnr(images, data.image), detail=error_of_detail(images, data.image),
         image=images[0].tolist()))

@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 
 from dip import PRESETS, DiP, check_choice, flow_matching_loss
-from sample import at_least, autocast, option, parse_options, run_main, start_processes
-from train import checkpoint_activations
+from sample import (Processes, at_least, autocast, option, parse_options, run_main,
+                    start_processes)
+from train import TrainOptions
+from train import prepare as prepare_model
 
 
 @dataclass
@@ -43,7 +45,7 @@ def prepare(config, recompute, options, device):
     torch.manual_seed(0)
     model = DiP(config).to(device)
     if recompute:
-        checkpoint_activations(model)
+        prepare_model(model, TrainOptions(grad_checkpoint=True), Processes(0, 1, device))
     x = torch.randn(options.batch, 3, config.image_size, config.image_size, device=device)
     t = torch.rand(options.batch, device=device)
     y = torch.zeros(options.batch, dtype=torch.long, device=device)

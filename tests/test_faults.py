@@ -31,7 +31,7 @@ import train
 from fid import read_image
 from train import FolderData, read_log
 
-STATE = "model", "ema", "optimizer", "tally"
+STATE = "model", "ema", "optimizer", "unlogged"
 OFTEN = "--save-every 1 --sample-every 1000 --log-every 2"
 
 
@@ -98,7 +98,7 @@ def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, 
         patch.setattr(train, "update_ema", signalled)
         code = run(patch, train, command, tmp_path / "stopped")
     assert code == 128 + number
-    assert "stopped by a signal after step 3; the same command goes on" in capsys.readouterr().out
+    assert "stopped by a signal after step 3; the same command continues" in capsys.readouterr().out
     assert checkpoint(tmp_path / "stopped")["step"] == 3
     assert signal.getsignal(number) == before
     run(monkeypatch, train, command, tmp_path / "stopped")
@@ -370,7 +370,7 @@ def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(
 
 def test_the_time_of_a_loss_that_is_not_finite_is_named(monkeypatch, tmp_path):
     run(monkeypatch, planted, f"nan 9 -- {TINY} {OFTEN} --steps 3 --out {tmp_path}")
-    z = train.Examples(train.ShapesData(16), 0)[9][3]
+    z = train.Examples(train.ShapesData(16), 0)[9][2]
     tenth = int(train.logit_normal_time(z) * 10)
     (line,) = [line for line in read_log(tmp_path) if "skipped" in line]
     assert line["skipped"] == f"the loss for t in {tenth / 10:.1f} to {(tenth + 1) / 10:.1f}"
@@ -396,7 +396,7 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
     assert "10 updates in a row were not finite, the last at step 14: the loss for t in" in line
     assert f"last good checkpoint: {tmp_path}/ckpt-00000004.pt" in line
     (tmp_path / "ckpt-00000099.pt").write_bytes(b"broken")
-    assert train.saved(tmp_path, 14) == tmp_path / "ckpt-00000004.pt"
+    assert train.newest_up_to(tmp_path, 14) == tmp_path / "ckpt-00000004.pt"
     assert all(x.isfinite().all() for x in checkpoint(tmp_path)["model"].values())
 
 
@@ -488,7 +488,7 @@ def test_a_part_of_an_export_that_is_not_what_it_should_be_is_refused(tmp_path, 
 
 @pytest.mark.parametrize("key, value", [
     ("optimizer", {"state": {}, "param_groups": 5}), ("optimizer", {"state": 3}),
-    ("tally", torch.zeros(2)), ("images", 7),
+    ("unlogged", torch.zeros(2)), ("images", 7),
 ])
 def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, key, value):
     state = checkpoint(trained)

@@ -6,7 +6,7 @@ from helpers import SMALL, VARIANTS, awake, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip import (HEADS, PRESETS, Attention, Block, DetailLayer, DiP, DiPConfig, TimeEmbedding, cost,
+from dip import (HEADS, PRESETS, Attention, Block, PatchDetailerHead, DiP, DiPConfig, TimeEmbedding, cost,
                  patchify, rope_angles)
 
 
@@ -45,9 +45,9 @@ def test_the_head_alone_is_deaf_to_other_patches(name):
     """With tokens held fixed, moving patch j changes output patch j and no other (Sec. 3.3)."""
     model = awake(VARIANTS[name])
     x, _, _ = batch(model.config)
-    s = torch.randn(2, 16, 16)
+    s, time = torch.randn(2, 16, 16), torch.randn(2, 16)
     with torch.no_grad():
-        heard = listens(lambda x: model.last(x, s, None), x, 4)
+        heard = listens(lambda x: model.output(x, s, time, None), x, 4)
     assert torch.equal(heard, torch.eye(16, dtype=torch.bool))
 
 
@@ -55,9 +55,9 @@ def test_the_head_on_the_whole_image_hears_its_neighbours():
     """Image-level input (Fig. 11): the same U-Net now crosses patch borders."""
     model = awake(VARIANTS["unet on the image"])
     x, _, _ = batch(model.config)
-    s = torch.randn(2, 16, 16)
+    s, time = torch.randn(2, 16, 16), torch.randn(2, 16)
     with torch.no_grad():
-        heard = listens(lambda x: model.last(x, s, None), x, 4)
+        heard = listens(lambda x: model.output(x, s, time, None), x, 4)
     for j in range(16):
         neighbours = [i for i in range(16) if abs(i // 4 - j // 4) <= 1 and abs(i % 4 - j % 4) <= 1]
         assert heard[neighbours, j].all()
@@ -68,12 +68,12 @@ def test_the_head_listens_to_its_token(name):
     """Moving token j changes output patch j and no other."""
     model = awake(VARIANTS[name])
     x, _, _ = batch(model.config)
-    s = torch.randn(2, 16, 16)
+    s, time = torch.randn(2, 16, 16), torch.randn(2, 16)
     with torch.no_grad():
-        before = patchify(model.last(x, s, None), 4)
+        before = patchify(model.output(x, s, time, None), 4)
         moved = s.clone()
         moved[:, 5] = torch.randn(2, 16)
-        change = (patchify(model.last(x, moved, None), 4) - before).abs().amax(dim=(0, 2, 3, 4))
+        change = (patchify(model.output(x, moved, time, None), 4) - before).abs().amax(dim=(0, 2, 3, 4))
     assert change[5] > 1e-4 and change[torch.arange(16) != 5].max() == 0
 
 
@@ -98,10 +98,10 @@ def test_a_fresh_block_is_the_identity(name):
 @pytest.mark.parametrize("rule, layer, std", [
     ("Xavier", lambda model: model.blocks[0].attention.qkv, (2 / (256 + 768)) ** 0.5),
     ("N(0, 0.02)", lambda model: model.label, 0.02),
-    ("He, U-Net", lambda model: model.last.head.down[1], (2 / (64 * 9)) ** 0.5),
-    ("He, U-Net's last", lambda model: model.last.head.out, (2 / 64) ** 0.5),
-    ("He, MLP", lambda model: model.last.head.layers[1], (2 / 1280) ** 0.5),
-    ("He, MLP's last", lambda model: model.last.head.out, (2 / 1280) ** 0.5),
+    ("He, U-Net", lambda model: model.output.head.down[1], (2 / (64 * 9)) ** 0.5),
+    ("He, U-Net's last", lambda model: model.output.head.out, (2 / 64) ** 0.5),
+    ("He, MLP", lambda model: model.output.head.layers[1], (2 / 1280) ** 0.5),
+    ("He, MLP's last", lambda model: model.output.head.out, (2 / 1280) ** 0.5),
 ])
 def test_the_table_of_initialisation_is_what_happens(rule, layer, std):
     """Forbids a later sweep that overrides an earlier one; 5 % is 3 deviations of 2000."""
@@ -226,7 +226,7 @@ def test_the_time_and_the_label_matter():
 
 def test_the_head_has_the_depth_and_width_it_is_told():
     """Fig. 10a: depth counts down/up-sampling stages, width the channels of the first."""
-    head = DetailLayer(PRESETS["DiP-XL/16"].replace(head_depth=3, head_width=8)).head
+    head = PatchDetailerHead(PRESETS["DiP-XL/16"].replace(head_depth=3, head_width=8)).head
     assert [(conv.in_channels, conv.out_channels) for conv in head.down] == [
         (3, 8),
         (8, 16),
@@ -240,7 +240,7 @@ def test_the_head_has_the_depth_and_width_it_is_told():
 
 
 def test_the_unet_is_the_one_of_table_4():
-    head = DetailLayer(PRESETS["DiP-XL/16"]).head
+    head = PatchDetailerHead(PRESETS["DiP-XL/16"]).head
     assert [conv.out_channels for conv in head.down] == [64, 128, 256, 512]
     assert (head.bottleneck.in_channels, head.bottleneck.out_channels) == (512 + 1152, 512)
     assert [conv.out_channels for conv in head.up] == [256, 128, 64, 64]
