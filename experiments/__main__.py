@@ -4,7 +4,7 @@ The paper's claims at laptop scale: what was claimed, what was measured, and the
     python -m experiments               # the table of what was run
     python -m experiments --run         # run everything, one after the other; resumes
     python -m experiments --quick       # a smoke run of everything, in minutes
-    python -m experiments --readme      # write the table into README.md
+    python -m experiments --readme      # write the table into experiments/README.md
 
 A verdict is "seen" if every seed of the one side beats every seed of the other, by each measure;
 "not seen at this scale" if it is the other way round; "unclear" otherwise.
@@ -23,7 +23,7 @@ from sample import option, parse_options, run_main, save_atomically
 NAMES = ("overfit", "heads", "placement", "head_size", "patch_size", "patch_or_image", "features",
          "prediction", "head_init", "samplers", "gaussian")
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- python -m experiments --readme -->", "<!-- end -->"
 
 
@@ -32,7 +32,7 @@ class Options:
     run: bool = option(False, "run all experiments on the embedded set, and heads on --data")
     data: str | None = option(None, "image folder, with --run", metavar="DIR")
     quick: bool = option(False, "a smoke run of each; writes nothing")
-    readme: bool = option(False, "write the table into README.md")
+    readme: bool = option(False, "write the table into experiments/README.md")
 
 
 def all_claims():

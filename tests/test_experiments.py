@@ -1,4 +1,4 @@
-"""Chapter 10: the experiments measure what they say, and the README repeats what they found."""
+"""Chapter 10: the experiments measure what they say, and their README repeats what they found."""
 
 import json
 import re
@@ -256,13 +256,13 @@ def test_no_seed_is_left_out(path):
 
 def test_the_readme_repeats_the_results():
     """`python -m experiments --readme` writes this table; by hand it would drift."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "experiments" / "README.md").read_text()
     assert text.count(table.BEGIN) == text.count(table.END) == 1
     assert table.into_readme(text) == text
 
 
 def test_every_experiment_is_in_the_readme():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "experiments" / "README.md").read_text()
     assert all(f"experiments.{name}" in text for name in table.NAMES)
 
 
