@@ -33,7 +33,6 @@ other, or are not followed; the README gives the reasons.
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -506,22 +505,15 @@ def flow_matching_loss(model, x_0, y, t, noise, features=None):
 # -------------------------------------------------------------------------------------------------
 # The authors' weights: the same network in other conventions
 
-RELEASE_NAMES = (            # theirs, as a pattern; ours
-    (r"s_embedder\.proj", "embed"),
-    (r"t_embedder", "time"),
-    (r"y_embedder\.embedding_table", "label"),
-    (r"\.attn\.proj", ".attention.out"),
-    (r"\.attn", ".attention"),
-    (r"\.mlp\.w1", ".mlp.gate"),
-    (r"\.mlp\.w3", ".mlp.value"),
-    (r"\.mlp\.w2", ".mlp.out"),
-    (r"adaLN_modulation\.0", "adaLN"),
-    (r"local_decoder\.enc(\d)\.0", lambda m: f"output.head.down.{int(m[1]) - 1}"),
-    (r"local_decoder\.bottleneck\.0", "output.head.bottleneck"),
-    (r"local_decoder\.up(\d)", lambda m: f"output.head.up.{4 - int(m[1])}"),
-    (r"local_decoder\.dec(\d)\.0", lambda m: f"output.head.merge.{4 - int(m[1])}"),
-    (r"local_decoder\.out_conv", "output.head.out"),
-)
+RELEASE_NAMES = {                                # theirs: ours
+    "s_embedder.proj": "embed", "t_embedder": "time", "y_embedder.embedding_table": "label",
+    "attn.proj": "attention.out", "attn": "attention", "adaLN_modulation.0": "adaLN",
+    "mlp.w1": "mlp.gate", "mlp.w3": "mlp.value", "mlp.w2": "mlp.out",
+    "local_decoder": "output.head", "bottleneck.0": "bottleneck", "out_conv": "out",
+    **{f"enc{i}.0": f"down.{i - 1}" for i in range(1, 5)},
+    **{f"up{i}": f"up.{4 - i}" for i in range(1, 5)},
+    **{f"dec{i}.0": f"merge.{4 - i}" for i in range(1, 5)},
+}
 
 
 def from_release(weights):
@@ -536,13 +528,9 @@ def from_release(weights):
     """
     ours = {}
     for name, weight in weights.items():
-        for theirs, new in RELEASE_NAMES:
-            name = re.sub(theirs, new, name)
+        for theirs, new in RELEASE_NAMES.items():
+            name = name.replace(theirs, new)
         ours[name] = weight
-    missing = [name for name in ("embed.weight", "label.weight", "time.mlp.0.weight",
-               "output.head.out.weight", "blocks.0.attention.q_norm.weight") if name not in ours]
-    if missing:
-        raise ValueError(f"these are not the weights of a released DiP: no {', '.join(missing)}")
     D, pixels = ours["embed.weight"].shape
     P, d = math.isqrt(pixels // 3), len(ours["blocks.0.attention.q_norm.weight"])
     config = DiPConfig(image_size=16 * P, patch_size=P, hidden_size=D, num_heads=D // d,

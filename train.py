@@ -38,13 +38,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from dip import (PRESETS, REPA_WEIGHT, Block, DiP, check_choice, cost, drop_labels,
-                 flow_matching_loss, logit_normal_time)
+from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
+                 logit_normal_time)
 from fid import ENDINGS, list_images, read_image
-from sample import (at_least, autocast, check_fit, draw_grid, generate, imagenet_names,
-                    in_one_line, is_of_the_system, load_checkpoint, load_model, newest_intact,
-                    option, parse_options, progress, random_stream, run_main, save_atomically,
-                    start_processes, to_uint8, write_checkpoint)
+from sample import (at_least, autocast, check_fit, compile_pieces, draw_grid, generate,
+                    imagenet_names, in_one_line, is_of_the_system, load_checkpoint, load_model,
+                    newest_intact, option, parse_options, pieces, progress, random_stream, run_main,
+                    save_atomically, start_processes, to_uint8, write_checkpoint)
 
 # -------------------------------------------------------------------------------------------------
 # Options
@@ -403,24 +403,13 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
 def prepare(model, options, processes):
     """The model as it is trained: compiled and recomputed block by block, in step with the other
     processes."""
-    for module in pieces(model):
-        if options.compile:
-            module.forward = torch.compile(module.forward)
-        if options.grad_checkpoint:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    if options.compile:
+        compile_pieces(model)
+    for module in pieces(model) if options.grad_checkpoint else ():
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     if processes.world == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
-
-
-def pieces(model):
-    """The modules that are compiled, and recomputed for --grad-checkpoint, one by one: every block,
-    of an attention head too, and every other head."""
-    heads = [getattr(model, name).head for name in ("output", "inject_detail")
-             if hasattr(getattr(model, name, None), "head")]
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    return blocks + [head for head in heads if not any(isinstance(module, Block)
-                                                       for module in head.modules())]
 
 
 # -------------------------------------------------------------------------------------------------
