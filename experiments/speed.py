@@ -1,13 +1,18 @@
 """
-What the Patch Detailer Head costs: forwards of two presets, side by side in one run.
+What the Patch Detailer Head costs: forward passes of two presets, side by side in one run.
 
     python -m experiments.speed     # DiP-XL/16 against DiT-XL/16, one image
     python -m experiments.speed --presets DiT-XL/16 DiP-XL/16-attention --batch 4 --train
     python -m experiments.speed --presets DiP-B/16 DiP-B/16 --batch 4 --train --grad-checkpoint
+    python -m experiments.speed --plan DiP-XL/16 --micro-batch 32       # predict a training step
 
 The two models take turns, so that whatever else the machine does touches both; the ratio is that
 of the median times.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA), and
 counts the weights.  Weights are random: they cost the same.
+
+--plan measures nothing.  A training step under bf16 autocast is run on fake tensors, which have
+shapes and no values: peak memory is torch's MemTracker's, time is that of a roofline, in which each
+kernel takes the longest of its FLOPs, its bytes and a launch, at the peak rates of a named card.
 """
 
 import multiprocessing
@@ -21,6 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.utils._pytree as pytree
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dip import PRESETS, DiP, check_choice, flow_matching_loss
 from sample import (Processes, at_least, autocast, option, parse_options, run_main,
@@ -33,11 +43,15 @@ from train import prepare as prepare_model
 class Options:
     presets: tuple = option(("DiT-XL/16", "DiP-XL/16"), "the two to compare", nargs=2,
                             metavar=("A", "B"))
-    batch: int = option(1, "images a forward")
+    batch: int = option(1, "images per forward pass")
     repeat: int = option(10, "turns; the first of each is not counted")
-    train: bool = option(False, "forward and backward of the loss, instead of a forward")
+    train: bool = option(False, "forward and backward pass of the loss")
     grad_checkpoint: bool = option(False, "the second recomputes its activations, with --train")
     device: str = option("auto", "auto, cpu, cuda, mps")
+    plan: str | None = option(None, "predict the training of this preset", metavar="MODEL",
+                              group="prediction")
+    micro_batch: int = option(32, "images at once")
+    card: str = option("H100", "whose rates are taken", choices=("A100", "H100", "H200"))
 
 
 def prepare(config, recompute, options, device):
@@ -93,8 +107,87 @@ def take_turns(passes, repeat):
     return [[one_pass() for one_pass in passes] for _ in range(repeat)][1:]
 
 
+# -------------------------------------------------------------------------------------------------
+# Prediction
+
+CARDS = {    # dense bf16 FLOP/s and bytes/s of the SXM cards, from NVIDIA's data sheets
+    "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+LAUNCH = 5e-6            # seconds: what a small kernel takes at least, an assumption
+aten = torch.ops.aten    # on fake tensors of a CPU flash attention has another name
+FLOPS = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward]}
+
+
+class Roofline(TorchDispatchMode):
+    """Counts what is run inside it: kernels, FLOPs, bytes read and written, and the seconds that
+    they take at least on a card."""
+
+    def __init__(self, card):
+        super().__init__()
+        self.rates, self.launches, self.flops, self.seconds = CARDS[card], 0, 0, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        read, written = (pytree.tree_leaves(x) for x in ((args, kwargs), out))
+        storages = [{x.untyped_storage()._cdata: x.nbytes for x in tensors
+                     if isinstance(x, torch.Tensor)} for tensors in (read, written)]
+        if not function.is_view and function._schema.name != "aten::detach":
+            count = FLOPS.get(function._overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            moved = sum(sum(sizes.values()) for sizes in storages)
+            self.launches, self.flops = self.launches + 1, self.flops + flops
+            self.seconds += max(LAUNCH, flops / self.rates[0], moved / self.rates[1])
+        return out
+
+
+def plan(config, micro_batch, grad_checkpoint, card):
+    """(peak bytes, Roofline) of a training step: the model, its gradients, Adam's moments and EMA,
+    one micro-batch, and the update, on fake tensors."""
+    with FakeTensorMode():
+        model = DiP(config)
+        ema = [torch.empty_like(p) for p in model.parameters()]
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        for p in model.parameters():         # its moments are there from the first step on
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        settings = TrainOptions(grad_checkpoint=grad_checkpoint)
+        prepare_model(model, settings, Processes(0, 1, torch.device("cpu")))
+        x = torch.empty(micro_batch, 3, config.image_size, config.image_size)
+        y, t = torch.zeros(micro_batch, dtype=torch.long), torch.ones(micro_batch)
+        memory, roofline = MemTracker(), Roofline(card)
+        memory.track_external(model, optimizer, *ema, x, y, t)
+        with memory, roofline:
+            with torch.autocast("cpu", torch.bfloat16):
+                flow, _ = flow_matching_loss(model, x, y, t, x)
+            flow.mean().backward()
+            optimizer.step()
+            torch._foreach_lerp_(ema, list(model.parameters()), 1e-4)
+    total = memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return total, roofline
+
+
+def print_plan(options):
+    check_choice("--plan", options.plan, PRESETS)
+    at_least(1, micro_batch=options.micro_batch)
+    peak, roofline = plan(PRESETS[options.plan], options.micro_batch, options.grad_checkpoint,
+                          options.card)
+    print(f"predicted, not measured: a training step of {options.plan}, micro-batch "
+          f"{options.micro_batch}{', --grad-checkpoint' * options.grad_checkpoint}, bf16 autocast")
+    print(f"peak memory  {peak / 2**30:.1f} GiB")
+    print(f"FLOPs        {roofline.flops / 1e12:.1f} T")
+    print(f"kernels      {roofline.launches}")
+    print(f"time         {roofline.seconds * 1e3:.0f} ms at least on one {options.card}: "
+          f"{options.micro_batch / roofline.seconds:.0f} images/s at most")
+
+
 def main():
     options = parse_options(Options, __doc__)
+    if options.plan:
+        return print_plan(options)
     for name in options.presets:
         check_choice("--presets", name, PRESETS)
     at_least(2, repeat=options.repeat)
