@@ -180,8 +180,8 @@ def choose_micro_batch(options, config, processes):
     if rest or part % (options.micro_batch or 1):
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
                          f"{processes.world} processes x --micro-batch {options.micro_batch or 1}")
-    free, device = free_memory(processes.device), processes.device
-    dtype = torch.bfloat16 if device.type == "cuda" else None
+    dtype = torch.bfloat16 if processes.device.type == "cuda" else None
+    free = free_memory(processes.device)
     fixed, per_image = memory_needed(config, dtype, options.grad_checkpoint)
     candidates = [options.micro_batch] if options.micro_batch else [
         n for n in range(min(part, 32), 0, -1) if part % n == 0]
@@ -192,7 +192,7 @@ def choose_micro_batch(options, config, processes):
             f"--micro-batch {candidates[-1]} needs about {need:.1f} GiB, {free / 2**30:.1f} GiB "
             f"are free; a smaller --micro-batch, --image-size or --model, or --grad-checkpoint, "
             f"helps")
-    options.micro_batch = fitting[0]
+    options.micro_batch = min(processes.gather(fitting[0]))
 
 
 def memory_needed(config, dtype=None, grad_checkpoint=False):
@@ -230,7 +230,8 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     try:
         text = Path("/proc/meminfo").read_text()
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (OSError, TypeError):
         return math.inf
 
@@ -514,13 +515,15 @@ def locked(out):
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
-                             f"choose another --out") from None
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another run is writing there; wait for its end, or choose "
+                         f"another --out") from None
+    finally:
+        os.close(folder)
 
 
 @contextmanager
