@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import scipy.fft
+import scipy.linalg
 import scipy.stats
 
 # -------------------------------------------------------------------------------------------------
@@ -54,19 +55,28 @@ def image_decay(d, alpha, variance=0.25):
 
 # -------------------------------------------------------------------------------------------------
 # Section 3: Gaussian conditioning.  A quantity is a tuple of matrices (F_1, F_2, ...): it is
-# F_1 z_1 + F_2 z_2 + ..., where the parts z_i are independent, centred, and have covariance S_i.
+# F_1 z_1 + F_2 z_2 + ..., where the parts z_i are independent, centred, and have the covariance
+# R_i R_i^T; R = (R_1, R_2, ...).
 
 
-def covariance(a, b, S):
-    return sum(F @ S_i @ G.T for F, S_i, G in zip(a, S, b))
+def spread(quantity, R):
+    """(rows, n): the same quantity as a matrix times n independent standard normal variables"""
+    return np.concatenate([F @ R_i for F, R_i in zip(quantity, R)], axis=1)
 
 
-def best_guess(target, seen, S):
+def covariance(a, b, R):
+    return spread(a, R) @ spread(b, R).T
+
+
+def best_guess(target, seen, R):
     """(K, error): E[target | seen] is K seen, and `error` is the covariance of target - K seen.
-    The pseudo-inverse is for observations that repeat themselves."""
-    cross = covariance(target, seen, S)
-    K = cross @ np.linalg.pinv(covariance(seen, seen, S), hermitian=True, rcond=1e-13)
-    return K, covariance(target, target, S) - K @ cross.T
+
+    K = Cov(target, seen) Cov(seen)^-1 by least squares, which loses half the digits that the
+    inverse would, and may be given observations that repeat themselves."""
+    g, y = spread(target, R), spread(seen, R)
+    K = scipy.linalg.lstsq(y.T, g.T, cond=1e-10, lapack_driver="gelsy")[0].T
+    rest = g - K @ y
+    return K, rest @ rest.T
 
 
 # -------------------------------------------------------------------------------------------------
@@ -135,10 +145,11 @@ class GaussianModel:
     def sigma(self):
         return self.sigma_low + self.sigma_high
 
-    @property
-    def S(self):
-        """Covariances of the independent parts (x_low, x_high, eps)"""
-        return self.sigma_low, self.sigma_high, np.eye(self.d)
+    @cached_property
+    def R(self):
+        """Roots of the covariances of the independent parts (x_low, x_high, eps)"""
+        root = self.U * np.sqrt(self.lam)
+        return root[:, :self.r], root[:, self.r:], np.eye(self.d)
 
     @property
     def velocity(self):
@@ -183,7 +194,7 @@ class GaussianModel:
 
     def best_guess(self, who):
         """(K, error covariance) of the velocity in patch s; knows nothing of Theorem A.6"""
-        return best_guess(self.velocity, self.observation(who), self.S)
+        return best_guess(self.velocity, self.observation(who), self.R)
 
     def smallest_error(self, who):
         """Mean squared error of the best guess, a pixel"""
@@ -192,7 +203,7 @@ class GaussianModel:
     def error_of(self, K, who):
         """Mean squared error, a pixel, of any linear guess K seen."""
         off = tuple(T - K @ F for T, F in zip(self.velocity, self.observation(who)))
-        return np.trace(covariance(off, off, self.S)) / len(self.P)
+        return np.trace(covariance(off, off, self.R)) / len(self.P)
 
     # Section 6: DiT, Theorem A.6
 
