@@ -1,11 +1,11 @@
 """
-The Gaussian model of Appendix A: definitions and formulas as the paper writes them, and references
-that do not use its formulas.
+The Gaussian model of Appendix A, in the order of theory/README.md, whose sections are named below.
 
-Letters are the paper's.  d numbers in an image, N patches of p, U (d, d) the orthonormal basis, lam
-(d,) the eigenvalues, falling; r of them are "low" frequency; P (p, d) selects patch s; t in (0, 1),
-where 0 is data and 1 is noise.  All covariances are exact matrices: nothing here is sampled, except
-by `monte_carlo`.
+Letters are the paper's: d dimensions in an image, N patches of p, U (d, d) the orthonormal basis,
+lam (d,) the eigenvalues, falling; the first r are "low" frequency; t in (0, 1), where 0 is data and
+1 is noise.  The mean mu is 0 except in `draw_images`: it shifts everything and changes no operator.
+All covariances are exact matrices.  Formulas stand beside references that do not use them: a joint
+Gaussian to condition (`best_guess`), and images to draw (`draw_images`).
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from functools import cached_property
 
 import numpy as np
 import scipy.fft
+import scipy.linalg
 import scipy.stats
 
 # -------------------------------------------------------------------------------------------------
-# Bases: U (d, d), columns from low frequency to high, and the pixels of each patch (N, p)
+# Section 2: images.  A basis is U (d, d), columns from low frequency to high, and the pixels of
+# each patch (N, p).
 
 
 def dct_basis(d, p):
@@ -40,19 +42,77 @@ def random_basis(d, p, seed=0):
             np.arange(d).reshape(-1, p))
 
 
+def decay(d, alpha):
+    """Assumption A.4: i^-alpha, i = 1 ... d"""
+    return np.arange(1, d + 1) ** -float(alpha)
+
+
+def image_decay(d, alpha, variance=0.25):
+    """The same, scaled so that a pixel has the variance of one of an image in [-1, 1]."""
+    lam = decay(d, alpha)
+    return lam * (variance * d / lam.sum())
+
+
 # -------------------------------------------------------------------------------------------------
-# The model, and the formulas of Theorem A.6 as printed
+# Section 3: Gaussian conditioning.  A quantity is a tuple of matrices (F_1, F_2, ...): it is
+# F_1 z_1 + F_2 z_2 + ..., where the parts z_i are independent, centred, and have the covariance
+# R_i R_i^T; R = (R_1, R_2, ...).
+
+
+def spread(quantity, R):
+    """(rows, n): the same quantity as a matrix times n independent standard normal variables"""
+    return np.concatenate([F @ R_i for F, R_i in zip(quantity, R)], axis=1)
+
+
+def covariance(a, b, R):
+    return spread(a, R) @ spread(b, R).T
+
+
+def best_guess(target, seen, R):
+    """(K, error): E[target | seen] is K seen, and `error` is the covariance of target - K seen.
+
+    K = Cov(target, seen) Cov(seen)^-1 by least squares, which loses half the digits that the
+    inverse would, and may be given observations that repeat themselves."""
+    g, y = spread(target, R), spread(seen, R)
+    K = scipy.linalg.lstsq(y.T, g.T, cond=1e-10, lapack_driver="gelsy")[0].T
+    rest = g - K @ y
+    return K, rest @ rest.T
+
+
+# -------------------------------------------------------------------------------------------------
+# Section 4: what the best guess does to one frequency of variance lam
+
+
+def gain(lam, t):
+    """(t - (1-t) lam) / ((1-t)^2 lam + t^2): Eq. (16), best velocity over noisy coefficient."""
+    return (t - (1 - t) * lam) / ((1 - t) ** 2 * lam + t**2)
+
+
+def gain_slope(lam, t):
+    """Its derivative by lam: - t (1 - t) / ((1-t)^2 lam + t^2)^2, negative for 0 < t < 1."""
+    return -t * (1 - t) / ((1 - t) ** 2 * lam + t**2) ** 2
+
+
+def gain_peak(lam):
+    """(t, gain): for lam < 1, where in t the gain is largest, and how large (Exercise 2)."""
+    root = np.sqrt(lam)
+    return root * (1 + root) / (1 + lam), (1 + lam) / (2 * root)
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GaussianModel:
-    """Assumptions A.3 to A.5 for one patch s and one t; x_0 ~ N(mu, U diag(lam) U^T)."""
+    """Assumptions A.3 to A.5 for one patch s and one t; x_0 = x_low + x_high ~ N(0, sigma)."""
 
     U: np.ndarray            # (d, d)
     lam: np.ndarray          # (d,)
     pixels: np.ndarray       # (p,) the pixels of patch s
     r: int
     t: float
+
+    # Section 2: images and patches
 
     @property
     def d(self):
@@ -68,6 +128,11 @@ class GaussianModel:
         """(d, d): P^T P keeps patch s and blanks the rest."""
         return self.P.T @ self.P
 
+    @property
+    def V(self):
+        """(p, d): [v_1, ..., v_d] = P [u_1, ..., u_d]"""
+        return self.P @ self.U
+
     @cached_property
     def sigma_low(self):
         return self.U[:, :self.r] * self.lam[:self.r] @ self.U[:, :self.r].T
@@ -80,31 +145,18 @@ class GaussianModel:
     def sigma(self):
         return self.sigma_low + self.sigma_high
 
-    @property
-    def V(self):
-        """(p, d): [v_1, ..., v_d] = P [u_1, ..., u_d]"""
-        return self.P @ self.U
-
-    # Observations as matrices: y = F_low x_low + F_high x_high + F_eps eps (+ a mean)
-
-    def observation(self, who):
-        """(F_low, F_high, F_eps) of what an estimator sees; x_0 = mu + x_low + x_high (Eq. 7)."""
-        t, I, zero = self.t, np.eye(self.d), np.zeros((self.d, self.d))
-        x_t = (1 - t) * I, (1 - t) * I, t * I                            # Eq. (8)
-        x_hat = (1 - t) * I, (1 - t) * self.Q, t * I                     # Eq. (25), from (9), (10)
-        L = self.U[:, :self.r] @ self.U[:, :self.r].T                    # keeps low frequencies
-        low = tuple(L @ F for F in x_t)
-        own = tuple(self.P @ F for F in x_t)
-        both = {"DiP": [x_t], "DiT": [x_hat], "union": [x_t, x_hat], "patch": [own],
-                "patch and low": [own, low], "nothing": [(zero, zero, zero)]}[who]
-        return tuple(np.concatenate(parts) for parts in zip(*both))
-
-    # Theorem A.6
+    @cached_property
+    def R(self):
+        """Roots of the covariances of the independent parts (x_low, x_high, eps)"""
+        root = self.U * np.sqrt(self.lam)
+        return root[:, :self.r], root[:, self.r:], np.eye(self.d)
 
     @property
-    def M(self):
-        """Eq. (14)"""
-        return np.linalg.inv((1 - self.t) ** 2 * self.sigma + self.t**2 * np.eye(self.d))
+    def velocity(self):
+        """eps - x_0 in patch s, from (x_low, x_high, eps)"""
+        return -self.P, -self.P, self.P
+
+    # Section 4: DiP, Eq. (13), (14), (16)
 
     @property
     def A(self):
@@ -112,15 +164,9 @@ class GaussianModel:
         return self.t * np.eye(self.d) - (1 - self.t) * self.sigma
 
     @property
-    def M_hat(self):
-        """Below Eq. (13)"""
-        seen = self.sigma_low + self.Q @ self.sigma_high @ self.Q
-        return np.linalg.inv((1 - self.t) ** 2 * seen + self.t**2 * np.eye(self.d))
-
-    @property
-    def B_hat(self):
-        """Below Eq. (13)"""
-        return self.t * np.eye(self.d) - (1 - self.t) * (self.sigma_low + self.sigma_high @ self.Q)
+    def M(self):
+        """Eq. (14)"""
+        return np.linalg.inv((1 - self.t) ** 2 * self.sigma + self.t**2 * np.eye(self.d))
 
     @property
     def dip_operator(self):
@@ -128,106 +174,150 @@ class GaussianModel:
         return self.P @ self.A @ self.M
 
     @property
+    def gains(self):
+        """(d,): the factor of each frequency in Eq. (16)"""
+        return gain(self.lam, self.t)
+
+    # Section 5: what an estimator sees
+
+    def observation(self, who):
+        """What is seen, from (x_low, x_high, eps)"""
+        t, I, zero = self.t, np.eye(self.d), np.zeros((self.d, self.d))
+        x_t = (1 - t) * I, (1 - t) * I, t * I                            # Eq. (8)
+        x_hat = (1 - t) * I, (1 - t) * self.Q, t * I                     # Eq. (25), from (9), (10)
+        L = self.U[:, :self.r] @ self.U[:, :self.r].T                    # keeps low frequencies
+        low = tuple(L @ F for F in x_t)
+        own = tuple(self.P @ F for F in x_t)
+        seen = {"DiP": [x_t], "DiT": [x_hat], "both": [x_t, x_hat], "patch": [own],
+                "patch and low": [own, low], "nothing": [(zero, zero, zero)]}[who]
+        return tuple(np.concatenate(parts) for parts in zip(*seen))
+
+    def best_guess(self, who):
+        """(K, error covariance) of the velocity in patch s; knows nothing of Theorem A.6"""
+        return best_guess(self.velocity, self.observation(who), self.R)
+
+    def smallest_error(self, who):
+        """Mean squared error of the best guess, a pixel"""
+        return np.trace(self.best_guess(who)[1]) / len(self.P)
+
+    def error_of(self, K, who):
+        """Mean squared error, a pixel, of any linear guess K seen."""
+        off = tuple(T - K @ F for T, F in zip(self.velocity, self.observation(who)))
+        return np.trace(covariance(off, off, self.R)) / len(self.P)
+
+    # Section 6: DiT, Theorem A.6
+
+    @property
+    def M_hat(self):
+        """Eq. (14)"""
+        seen = self.sigma_low + self.Q @ self.sigma_high @ self.Q
+        return np.linalg.inv((1 - self.t) ** 2 * seen + self.t**2 * np.eye(self.d))
+
+    @property
+    def B_hat(self):
+        """Eq. (14)"""
+        return self.t * np.eye(self.d) - (1 - self.t) * (self.sigma_low + self.sigma_high @ self.Q)
+
+    @property
     def dit_operator(self):
         """P B_hat M_hat of Eq. (12)"""
         return self.P @ self.B_hat @ self.M_hat
 
     @property
-    def gains(self):
-        """(d,): the factor of each frequency in Eq. (16)"""
-        return gain(self.lam, self.t)
-
-    # Eq. (33), and what is made of it
-
-    @property
     def C1(self):
+        """C_hat_1 of Eq. (33)"""
         low = self.U[:, :self.r]
         return low * (self.t - (1 - self.t) * self.lam[:self.r]) @ low.T
 
     def C2(self, as_printed):
-        """Eq. (33): the first term is printed with lam_i; B_hat = t I - ... makes it t alone."""
-        high, lam = self.U[:, self.r:], self.lam[self.r:]
-        first = high * (lam if as_printed else 1.0) @ high.T
+        """C_hat_2 of Eq. (33): its first term is printed as t lam_i; B_hat makes it t."""
+        high = self.U[:, self.r:]
+        first = self.sigma_high if as_printed else high @ high.T
         return self.t * first - (1 - self.t) * self.sigma_high @ self.Q
+
+    @cached_property
+    def D_eigenvalues(self):
+        """(d,): (1-t)^2 lam_i + t^2 at low frequency, t^2 at high"""
+        low = np.where(np.arange(self.d) < self.r, self.lam, 0)
+        return (1 - self.t) ** 2 * low + self.t**2
 
     @property
     def D(self):
-        t, lam = self.t, np.where(np.arange(self.d) < self.r, self.lam, 0)
-        return self.U * ((1 - t) ** 2 * lam + t**2) @ self.U.T
+        """D_hat of Eq. (33)"""
+        return self.U * self.D_eigenvalues @ self.U.T
+
+    @property
+    def D_inverse(self):
+        return self.U / self.D_eigenvalues @ self.U.T
 
     @property
     def E(self):
+        """E_hat of Eq. (33)"""
         return (1 - self.t) ** 2 * self.Q @ self.sigma_high @ self.Q
 
-    def expansion(self, as_printed, order=0):
-        """P (C1 + C2) D^-1, which is Eq. (15); order 1 adds the term that Eq. (34) has and (15)
-        drops: - P (C1 + C2) D^-1 E D^-1."""
-        inverse = np.linalg.inv(self.D)
-        C = self.P @ (self.C1 + self.C2(as_printed))
-        return C @ inverse - (C @ inverse @ self.E @ inverse if order else 0)
-
-    def printed_sums(self, second_sum):
-        """Eq. (15) summand by summand, with lam_i/t ("printed") or 1/t ("corrected") in the
-        second sum: (p, d)."""
+    def eq15(self, as_printed):
+        """The four sums of Eq. (15), each (p, d): low, high, I_1, I_2.  As printed the second has
+        lam_i / t, else 1 / t."""
         t, lam, r, V, U = self.t, self.lam, self.r, self.V, self.U
-        cross = U.T @ self.Q @ U                                         # u_i^T P^T P u_j
-        first = V[:, :r] * self.gains[:r] @ U[:, :r].T
-        factor = lam[r:] / t if second_sum == "printed" else np.full(self.d - r, 1 / t)
-        second = V[:, r:] * factor @ U[:, r:].T
-        weights = -(1 - t) * lam[r:, None] * cross[r:] / np.where(
-            np.arange(self.d) < r, (1 - t) ** 2 * lam + t**2, t**2)      # I_1, then I_2
-        return first + second + V[:, r:] @ weights @ U.T
+        low = V[:, :r] * self.gains[:r] @ U[:, :r].T
+        high = V[:, r:] * (lam[r:] / t if as_printed else 1 / t) @ U[:, r:].T
+        cross = (U.T @ self.Q @ U)[r:]                                   # u_i^T P^T P u_j, i > r
+        both = V[:, r:] @ (-(1 - t) * lam[r:, None] * cross / self.D_eigenvalues)
+        return low, high, both[:, :r] @ U[:, :r].T, both[:, r:] @ U[:, r:].T
+
+    @property
+    def next_term(self):
+        """- P (C1 + C2) D^-1 E D^-1: the first-order term that Eq. (34) has and (15) drops"""
+        C = self.C1 + self.C2(as_printed=False)
+        return -self.P @ C @ self.D_inverse @ self.E @ self.D_inverse
 
     @property
     def smallness(self):
         """Spectral norm of D^-1 E: the expansion of Eq. (34) needs it to be small."""
-        return np.linalg.norm(np.linalg.solve(self.D, self.E), 2)
+        return np.linalg.norm(self.D_inverse @ self.E, 2)
+
+    # Section 7: a token of k dimensions
+
+    def token_costs(self, k, channels=1):
+        """The least that a k-dimensional token adds to the error, a coefficient, when DiP's best
+        guess v* is read from it by W token ("v"), by (x_t - W token) / t ("x"), or by
+        G x_t + W token with the patch's own noisy pixels x_t ("head").
+
+        W token lies in k dimensions, so what is left keeps at least the smallest eigenvalues of
+        its covariance; a token that holds the others attains this.  Channels are independent.
+        """
+        V, g, t = self.V, self.gains, self.t
+        noisy = (1 - t) ** 2 * self.lam + t**2                          # variances of x_t
+        cov_v = V * (g**2 * noisy) @ V.T
+        cov_x = V * (((1 - t) * self.lam) ** 2 / noisy) @ V.T           # of E[x_0 | x_t]
+        cross = V * (g * noisy) @ V.T
+        cov_rest = cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
+        p, costs = channels * len(V), {}
+        for name, cov in (("v", cov_v), ("x", cov_x / t**2), ("head", cov_rest)):
+            rising = np.sort(np.repeat(np.linalg.eigvalsh(cov), channels))
+            costs[name] = rising[:max(0, p - k)].sum() / p
+        return costs
 
 
-def gain(lam, t):
-    """(t - (1-t) lam) / ((1-t)^2 lam + t^2): Eq. (16), the optimal velocity of one frequency."""
-    return (t - (1 - t) * lam) / ((1 - t) ** 2 * lam + t**2)
+def cost_unseen(lam, t):
+    """What it costs to know nothing of a frequency: the variance of v*, gain^2 Var(x_t)"""
+    return (t - (1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2)
 
 
-def gain_slope(lam, t):
-    """Its derivative by lam: - t (1 - t) / ((1-t)^2 lam + t^2)^2, negative for 0 < t < 1."""
-    return -t * (1 - t) / ((1 - t) ** 2 * lam + t**2) ** 2
+def cost_passed_on(lam, t):
+    """The same if x_t / t is passed on, so that only E[x_0 | x_t] / t is missing"""
+    return ((1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2) / t**2
 
 
-# -------------------------------------------------------------------------------------------------
-# References: they know the joint Gaussian of (x_low, x_high, eps), and nothing of Theorem A.6
+def two_pixels(t=0.5):
+    """The example of section 2: two patches of one pixel each; patch 1, r = 1."""
+    U = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
+    return GaussianModel(U, np.array([1, 1 / 3]), np.array([0]), r=1, t=t)
 
 
-def condition(model, who):
-    """(K, error): the exact conditional expectation of eps - x_0 in patch s given an observation is
-    K (y - E y) - P mu, and `error` (p, p) is its error covariance.
-
-    The joint covariance of target and observation is built from the three independent parts of the
-    model, and conditioned upon: S_vy S_yy^+.  The pseudo-inverse is for observations that repeat
-    themselves.
-    """
-    F_low, F_high, F_eps = model.observation(who)
-    low, high, d = model.sigma_low, model.sigma_high, model.d
-    target = -model.P, -model.P, model.P                     # v = eps - x_low - x_high, in patch s
-    parts = tuple(zip(target, (F_low, F_high, F_eps), (low, high, np.eye(d))))
-    S_vv = sum(T @ S @ T.T for T, _, S in parts)
-    S_vy = sum(T @ S @ F.T for T, F, S in parts)
-    S_yy = sum(F @ S @ F.T for _, F, S in parts)
-    K = S_vy @ np.linalg.pinv(S_yy, hermitian=True, rcond=1e-13)
-    return K, S_vv - K @ S_vy.T
-
-
-def error_of(model, K, who):
-    """Mean squared error, a pixel, of the linear estimate K y of the centred target."""
-    F_low, F_high, F_eps = model.observation(who)
-    residual = ((-model.P - K @ F_low, model.sigma_low), (-model.P - K @ F_high, model.sigma_high),
-                (model.P - K @ F_eps, np.eye(model.d)))
-    return sum(np.trace(R @ S @ R.T) for R, S in residual) / len(model.P)
-
-
-def monte_carlo(model, mu, n, seed=0):
-    """Samples (x_0, eps, x_t, x_hat_t), each (n, d), drawn by their definitions, Eq. (6) and by
-    taking x_hat_t patch by patch: x_t inside patch s, mean, low and noise outside (Eq. 9, 10)."""
+def draw_images(model, mu, n, seed=0):
+    """Samples (x_0, eps, x_t, x_hat_t), each (n, d), drawn by their definitions: Eq. (6), and
+    x_hat_t patch by patch, x_t inside patch s; mean, low and noise outside (Eq. 9, 10)."""
     rng, t = np.random.default_rng(seed), model.t
     coefficients = rng.standard_normal((n, model.d)) * np.sqrt(model.lam)
     eps = rng.standard_normal((n, model.d))
@@ -238,8 +328,3 @@ def monte_carlo(model, mu, n, seed=0):
     x_hat = (1 - t) * (mu + low) + t * eps
     x_hat[:, model.pixels] = x_t[:, model.pixels]
     return x_0, eps, x_t, x_hat
-
-
-def decay(d, alpha):
-    """Assumption A.4: i^-alpha, i = 1 ... d"""
-    return np.arange(1, d + 1) ** -float(alpha)
