@@ -5,7 +5,7 @@ Do networks behave like the Gaussian model of Appendix A?  (theory/README.md has
 
 Images are drawn exactly from Assumptions A.3 and A.4, in the basis of the two-dimensional DCT, so
 the optimal velocity is known in closed form: coefficient by coefficient, Eq. (16).  A DiT-only and
-a DiP, with tokens narrower (32) and wider (96) than the 48 numbers of a patch, are trained alike
+a DiP, with tokens narrower (32) and wider (96) than the 48 values of a patch, are trained alike
 from three seeds.  What is measured is the excess of their loss over the smallest possible one, by
 frequency and by t.  Writes experiments/results/gaussian.json and assets/gaussian.png.
 """
