@@ -728,9 +728,9 @@ def parse_options(cls, manual, argv=None):
 
 
 def at_least(minimum, **values):
-    """Refuse options that are below their minimum or not finite, by name."""
+    """Refuse options that are below their minimum or not finite, by name; None is not given."""
     for name, value in values.items():
-        if not minimum <= value < math.inf:
+        if value is not None and not minimum <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}"
                              f"{' and finite' * (value == math.inf)}")
 
@@ -808,7 +808,7 @@ class SampleOptions:
                                       metavar="FILE")
 
     def __post_init__(self):
-        at_least(1, num=8 if self.num is None else self.num, steps=self.steps, batch=self.batch)
+        at_least(1, num=self.num, steps=self.steps, batch=self.batch)
         at_least(0, num_samples=self.num_samples, cfg=self.cfg)
         low, high = self.interval
         if not 0 <= low <= high <= 1:

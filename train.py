@@ -101,18 +101,20 @@ class TrainOptions:
         for field in ("data", "model", "init", "repa", "out"):
             if getattr(self, field) == "":
                 raise ValueError(f"--{field} is empty: an unset variable? Leave it out, or name it")
-        given = {field: value for field, value in vars(self).items() if value is not None}
-        for least, fields in {1: ("image_size steps batch_size micro_batch log_every save_every "
-                                  "keep"), 0: "workers lr warmup clip seed sample_every"}.items():
-            at_least(least, **{field: given[field] for field in fields.split() if field in given})
+        at_least(1, image_size=self.image_size, steps=self.steps, batch_size=self.batch_size,
+                 micro_batch=self.micro_batch, log_every=self.log_every, keep=self.keep,
+                 save_every=self.save_every)
+        at_least(0, workers=self.workers, lr=self.lr, warmup=self.warmup, clip=self.clip,
+                 seed=self.seed, sample_every=self.sample_every)
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed} must be below 2^63")
         if self.time_mean is not None and not abs(self.time_mean) < 100:
             raise ValueError(f"--time-mean {self.time_mean} must be between -100 and 100")
         for field in ("cooldown", "ema", "label_dropout"):
-            if not 0 <= given.get(field, 0) <= 1:
-                raise ValueError(f"--{field.replace('_', '-')} {given[field]} is a fraction: it "
-                                 f"must be from 0 to 1")
+            value = getattr(self, field)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{field.replace('_', '-')} {value} is a fraction: it must be "
+                                 f"from 0 to 1")
         if self.label_dropout == 1:
             raise ValueError("--label-dropout 1 hides every label; a folder of images without "
                              "class folders trains without labels")
