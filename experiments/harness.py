@@ -12,7 +12,7 @@ that deletes the folder.  What is measured, on the averaged weights, needs no do
     spectrum   samples against held-out images: mean distance of their radially averaged power
                spectra, in dB;  high: the same over the upper half of the frequencies
     frechet    Frechet distance of samples to held-out images, in 64 features of a small classifier
-    named      share of the samples which that classifier names as the class asked for
+    named      fraction of the samples which that classifier names as the class asked for
     seam       mean step between neighbouring pixels across patch borders over that inside patches,
                in samples, over the same in held-out images: 1 is right, more is a visible seam
 """
@@ -46,7 +46,7 @@ from sample import (at_least, generate, load_checkpoint, option, parse_options, 
 from train import Examples, ShapesData, TrainOptions, fit, mean_losses, open_data, validate
 
 # -------------------------------------------------------------------------------------------------
-# What is common to all models, and the two regimes: a token narrower than the 192 numbers of its
+# What is common to all models, and the two regimes: a token narrower than the 192 values of its
 # patch cannot even carry the noise through, a wider one can, as the paper's (1152 > 768)
 
 BASE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,

@@ -3,7 +3,7 @@ How the U-Net head is initialised: pooling, last layer, and kind of weights.
 
     python -m experiments.head_init     # embedded shapes
 
-The same models from the same seeds, but for the weights that the head begins with (and its
+The same models from the same seeds, except the weights that the head begins with (and its
 pooling).  Ours: He-normal everywhere, the last layer too, max pooling.
 """
 

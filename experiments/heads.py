@@ -10,8 +10,8 @@ head, made deeper and wider until they cost what the U-Net head costs, or more. 
 tokens narrower than a patch's 192 numbers, and with wider ones.
 
 At its lowest level the U-Net has 64 channels, a third of a patch's numbers; in DiP-XL it is two
-thirds (512 of 768), and so it is in the U-Net twice as wide, for four times the operations.  The
-MLP's hidden layers have 5/3 of a patch's numbers, as in DiP-XL.  Operations of a head over those of
+thirds (512 of 768), and so it is in the U-Net twice as wide, for four times the FLOPs.  The
+MLP's hidden layers have 5/3 of a patch's dimensions, as in DiP-XL.  FLOPs of a head over those of
 the U-Net head, narrow (DiP-XL): MLP 0.3 (0.1), coordinate 0.5 (1.5), attention 1.4 (3.4).  Time is
 that of forward and backward of a batch of 32, medians of three rounds of turns; memory what the
 same adds to a fresh process.
@@ -35,7 +35,7 @@ MODELS = {
     "deeper": dict(head="none", head_width=0, head_depth=0),
     "wider": dict(head="none", head_width=0, head_depth=0),
 }
-BIGGER = {    # the smallest that reach the operations of the same regime's "unet"
+BIGGER = {    # the smallest that reach the FLOPs of the same regime's "unet"
     "narrow": {"deeper": dict(depth=11), "wider": dict(hidden_size=160)},
     "wide": {"deeper": dict(depth=5), "wider": dict(hidden_size=288)},
     "S": {"deeper": dict(depth=13), "wider": dict(hidden_size=408)},
@@ -90,9 +90,9 @@ def measure(lab):
 
 QUALITY = (    # claim, the paper's figures, the better model, the worse
     ("a U-Net head is better than none", "FID 2.16 against 5.28", "unet", "none"),
-    ("a U-Net head is better than a deeper DiT of as many operations", "FID 2.16 against 4.91",
+    ("a U-Net head is better than a deeper DiT of as many FLOPs", "FID 2.16 against 4.91",
      "unet", "deeper"),
-    ("a U-Net head is better than a wider DiT of as many operations", "FID 2.16 against 4.28",
+    ("a U-Net head is better than a wider DiT of as many FLOPs", "FID 2.16 against 4.28",
      "unet", "wider"),
     ("a U-Net head twice as wide is better than none", "FID 2.16 against 5.28",
      "unet, twice as wide", "none"),

@@ -39,7 +39,7 @@ def claims(results):
 
 
 def draw(results, lab):
-    """Quality over operations: a colour for each kind of model, a dot a seed."""
+    """Quality over FLOPs: a colour for each kind of model, a dot a seed."""
     drawn, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axes, measure in zip(panels, ("loss", "frechet")):
         for kind, colour in zip(("DiT-only", "DiP"), COLOURS):
@@ -52,7 +52,7 @@ def draw(results, lab):
                               (mine[0]["gflops"], max(row[measure] for row in mine)),
                               textcoords="offset points", xytext=(0, 6), ha="center", size=8,
                               color=colour)
-        axes.set(xlabel="GFLOPs a forward", ylabel=AXES[measure], xscale="log")
+        axes.set(xlabel="GFLOPs per forward pass", ylabel=AXES[measure], xscale="log")
         axes.set_xticks((0.03, 0.1, 0.3), ("0.03", "0.1", "0.3"))
         axes.minorticks_off()
         axes.margins(0.15, 0.2)

@@ -103,7 +103,7 @@ def peak_memory(*arguments):
 
 
 def take_turns(passes, repeat):
-    """The seconds of every pass in every turn, but for the first turn, which warms up."""
+    """The seconds of every pass in every turn except the first, which warms up."""
     return [[one_pass() for one_pass in passes] for _ in range(repeat)][1:]
 
 
