@@ -179,7 +179,7 @@ class InceptionE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """uint8 images -> what ADM's evaluator reads off the graph; weights named as in the public file."""
+    """uint8 images -> what ADM's evaluator reads off the graph.  Names: the public file's."""
 
     def __init__(self):
         super().__init__()
