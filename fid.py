@@ -26,6 +26,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,11 @@ def resize_tf1(x, size=299):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU."""
+    """Convolution, batch norm, ReLU; keeps the size unless it has a stride."""
 
-    def __init__(self, i, o, kernel, stride=1, padding=0):
+    def __init__(self, i, o, kernel, stride=1, padding=None):
         super().__init__()
+        padding = padding or ("same" if stride == 1 else "valid")
         self.conv = nn.Conv2d(i, o, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(o, eps=1e-3)
 
@@ -69,113 +71,80 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-ACROSS, DOWN = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+class Block(nn.Module):
+    """Chains of layers side by side on one input, their outputs concatenated.
 
+    A layer is (channels, kernel) or (channels, kernel, stride), and a list of two of them a fork,
+    whose outputs are concatenated.  The chain "_pool" begins with the pooling.  The names are those
+    of the public file: layer k of a chain ends in _k, the arms of a fork in _ka and _kb.
+    """
 
-def average(x):
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)         # ADM
-
-
-def maximum(x):
-    return F.max_pool2d(x, 3, 1, 1)
-
-
-class InceptionA(nn.Module):
-    def __init__(self, i, pool):
+    def __init__(self, i, pool, chains):
         super().__init__()
-        self.branch1x1 = Conv(i, 64, 1)
-        self.branch5x5_1 = Conv(i, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(i, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(i, pool, 1)
+        self.pool, self.chains = pool, {chain: [] for chain in chains}
+        for chain, layers in chains.items():
+            width = i
+            for k, layer in enumerate(layers, 1):
+                name = f"branch{chain}" + (f"_{k}" if len(layers) > 1 else "")
+                arms = dict(zip((name + "a", name + "b"), layer)) if isinstance(layer, list) else {
+                    name: layer}
+                for name, arm in arms.items():
+                    self.add_module(name, Conv(width, *arm))
+                self.chains[chain].append(list(arms))
+                width = arm[0]
 
     def forward(self, x):
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average(x))], dim=1)
+        outputs = []
+        for chain, layers in self.chains.items():
+            y = self.pool(x) if chain == "_pool" else x
+            for names in layers:
+                y = torch.cat([getattr(self, name)(y) for name in names], dim=1)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
 
 
-class InceptionB(nn.Module):
-    def __init__(self, i):
-        super().__init__()
-        self.branch3x3 = Conv(i, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(i, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, x):
-        return torch.cat([
-            self.branch3x3(x),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            F.max_pool2d(x, 3, 2)], dim=1)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)  # ADM
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
-class InceptionC(nn.Module):
-    def __init__(self, i, C):
-        super().__init__()
-        self.branch1x1 = Conv(i, 192, 1)
-        self.branch7x7_1 = Conv(i, C, 1)
-        self.branch7x7_2 = Conv(C, C, **ACROSS)
-        self.branch7x7_3 = Conv(C, 192, **DOWN)
-        self.branch7x7dbl_1 = Conv(i, C, 1)
-        self.branch7x7dbl_2 = Conv(C, C, **DOWN)
-        self.branch7x7dbl_3 = Conv(C, C, **ACROSS)
-        self.branch7x7dbl_4 = Conv(C, C, **DOWN)
-        self.branch7x7dbl_5 = Conv(C, 192, **ACROSS)
-        self.branch_pool = Conv(i, 192, 1)
-
-    def forward(self, x):
-        y = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(y)),
-            self.branch_pool(average(x))], dim=1)
+def inception_a(i, pooled):
+    return Block(i, average, {
+        "1x1": [(64, 1)],
+        "5x5": [(48, 1), (64, 5)],
+        "3x3dbl": [(64, 1), (96, 3), (96, 3)],
+        "_pool": [(pooled, 1)]})
 
 
-class InceptionD(nn.Module):
-    def __init__(self, i):
-        super().__init__()
-        self.branch3x3_1 = Conv(i, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(i, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, **ACROSS)
-        self.branch7x7x3_3 = Conv(192, 192, **DOWN)
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
-
-    def forward(self, x):
-        y = self.branch7x7x3_2(self.branch7x7x3_1(x))
-        return torch.cat([
-            self.branch3x3_2(self.branch3x3_1(x)),
-            self.branch7x7x3_4(self.branch7x7x3_3(y)),
-            F.max_pool2d(x, 3, 2)], dim=1)
+def inception_b(i):
+    return Block(i, shrink, {
+        "3x3": [(384, 3, 2)],
+        "3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
+        "_pool": []})
 
 
-class InceptionE(nn.Module):
-    def __init__(self, i, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = Conv(i, 320, 1)
-        self.branch3x3_1 = Conv(i, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1 = Conv(i, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = Conv(i, 192, 1)
+def inception_c(i, C, across=(1, 7), down=(7, 1)):
+    return Block(i, average, {
+        "1x1": [(192, 1)],
+        "7x7": [(C, 1), (C, across), (192, down)],
+        "7x7dbl": [(C, 1), (C, down), (C, across), (C, down), (192, across)],
+        "_pool": [(192, 1)]})
 
-    def forward(self, x):
-        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch3x3_2a(y), self.branch3x3_2b(y),
-            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
-            self.branch_pool(self.pool(x))], dim=1)
+
+def inception_d(i):
+    return Block(i, shrink, {
+        "3x3": [(192, 1), (320, 3, 2)],
+        "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
+        "_pool": []})
+
+
+def inception_e(i, pool):
+    fork = [(384, (1, 3)), (384, (3, 1))]
+    return Block(i, pool, {
+        "1x1": [(320, 1)],
+        "3x3": [(384, 1), fork],
+        "3x3dbl": [(448, 1), (384, 3), fork],
+        "_pool": [(192, 1)]})
 
 
 class InceptionV3(nn.Module):
@@ -184,21 +153,21 @@ class InceptionV3(nn.Module):
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = InceptionA(192, 32)
-        self.Mixed_5c = InceptionA(256, 64)
-        self.Mixed_5d = InceptionA(288, 64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(768, 128)
-        self.Mixed_6c = InceptionC(768, 160)
-        self.Mixed_6d = InceptionC(768, 160)
-        self.Mixed_6e = InceptionC(768, 192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280, average)
-        self.Mixed_7c = InceptionE(2048, maximum)                        # ADM
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding="valid")
+        self.Mixed_5b = inception_a(192, 32)
+        self.Mixed_5c = inception_a(256, 64)
+        self.Mixed_5d = inception_a(288, 64)
+        self.Mixed_6a = inception_b(288)
+        self.Mixed_6b = inception_c(768, 128)
+        self.Mixed_6c = inception_c(768, 160)
+        self.Mixed_6d = inception_c(768, 160)
+        self.Mixed_6e = inception_c(768, 192)
+        self.Mixed_7a = inception_d(768)
+        self.Mixed_7b = inception_e(1280, average)
+        self.Mixed_7c = inception_e(2048, maximum)                        # ADM
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
@@ -206,8 +175,8 @@ class InceptionV3(nn.Module):
         x = (resize_tf1(images.float()) - 128) / 128                     # (B, 299, 299, 3)
         x = x.permute(0, 3, 1, 2)                                        # channels_last in memory
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))        # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))        # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))   # (B, 288, 35, 35)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(shrink(x)))                     # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(shrink(x))))                # (B, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))        # (B, 768, 17, 17)
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                # ADM: H, W, then C
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))        # (B, 2048, 8, 8)
@@ -666,13 +635,13 @@ def caveats(reference, samples, options, extractor):
 
 def write(path, fill):
     """Call fill(file), and only then let it take the path's name: never half a file."""
-    partial = f"{path}.partial"
+    unfinished = f"{path}.partial"
     try:
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             fill(file)
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def report(sides, options, extractor, device):

@@ -121,9 +121,12 @@ def test_the_key_layout_is_that_of_the_public_file(weights):
 def test_other_weights_are_refused_and_so_is_what_is_none(weights, tmp_path):
     with pytest.raises(ValueError, match="has SHA-256 .* not ADM's 6726825d0af5"):
         fid.load_inception(weights)
-    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="is not a file of the network's weights"):
-        fid.load_inception(tmp_path / "w.pth", any_weights=True)
+    state = torch.load(weights, weights_only=True)
+    for change in ({"fc.weight": torch.zeros(1)}, {"fc.weight": None}, {"more": torch.zeros(1)}):
+        other = {key: x for key, x in (state | change).items() if x is not None}
+        torch.save(other, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="is not a file of the network's weights"):
+            fid.load_inception(tmp_path / "w.pth", any_weights=True)
 
 
 def test_the_public_weights_are_fetched_once_and_checked(monkeypatch, weights, tmp_path):
@@ -306,10 +309,10 @@ def test_fewer_images_than_dimensions_are_no_trouble():
     assert got == pytest.approx(literal.frechet_of_points(x, y), rel=1e-6)
 
 
-def changed(matrix, *place_and_value):
-    """The matrix as floating point, with one entry replaced."""
-    matrix = np.array(matrix, dtype=float)
-    matrix[place_and_value[:-1]] = place_and_value[-1]
+def changed(matrix, i, j, value):
+    """The matrix with one entry replaced."""
+    matrix = matrix.copy()
+    matrix[i, j] = value
     return matrix
 
 
@@ -476,7 +479,7 @@ SHA = "0123456789abcdef" * 4
 
 @pytest.fixture
 def small(monkeypatch):
-    """fid.py with SmallNet in the place of Inception."""
+    """fid.py with SmallNet instead of Inception."""
     monkeypatch.setattr(fid, "STATISTICS", SIZES)
     monkeypatch.setattr(fid, "load_inception", lambda path, any_weights: (SmallNet().eval(), SHA))
 
@@ -489,7 +492,7 @@ def statistics(images):
 
 
 class FakeRanks:
-    """Threads in the place of processes: what fid.py uses of torch.distributed."""
+    """Threads instead of processes: what fid.py uses of torch.distributed."""
 
     def __init__(self, world):
         self.barrier, self.parts, self.local = threading.Barrier(world), {}, threading.local()
@@ -660,10 +663,10 @@ def test_a_folder_that_is_not_there_any_more_leaves_the_old_result(monkeypatch, 
 def test_saved_statistics_give_the_same_distances_and_name_their_network(monkeypatch, album, small,
                                                                          tmp_path, capsys, kind):
     """The keys are ADM's.  What the file did not know is not made up."""
-    saved = tmp_path / "saved.npz"
-    command(monkeypatch, album / "reference" / kind, "--save-stats", saved)
-    assert f"wrote {saved}\n" in capsys.readouterr().out
-    with np.load(saved) as file:
+    path = tmp_path / "statistics.npz"
+    command(monkeypatch, album / "reference" / kind, "--save-stats", path)
+    assert f"wrote {path}\n" in capsys.readouterr().out
+    with np.load(path) as file:
         found = {key: file[key] for key in file.files}
     said = {} if kind == "both.npz" else {"n": 12, "extractor_sha256": SHA}
     assert {key: found.pop(key).item() for key in said} == said
@@ -671,7 +674,7 @@ def test_saved_statistics_give_the_same_distances_and_name_their_network(monkeyp
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-9, atol=1e-9)
-    command(monkeypatch, saved, album / "samples" / "folder", "--json", tmp_path / "r.json")
+    command(monkeypatch, path, album / "samples" / "folder", "--json", tmp_path / "r.json")
     result = json.loads((tmp_path / "r.json").read_text())
     distances = expected_result(album, "statistics.npz", "folder")
     assert {key: result[key] for key in distances} == pytest.approx(distances, rel=1e-6)
@@ -700,7 +703,7 @@ def test_statistics_of_another_network_are_refused(monkeypatch, album, small, tm
 
 
 def test_the_precision_that_is_asked_for_arrives(monkeypatch, album, small, tmp_path):
-    """Forbids a --pr-dtype that changes nothing: here float16 and float32 differ."""
+    """Forbids a --pr-dtype that changes nothing: on these images float16 and float32 differ."""
     pools = [SmallNet()(pictures(n, 8, 6, seed))[0].double().numpy()
              for n, seed in ((12, 0), (10, 11))]
     results = {}
@@ -868,7 +871,7 @@ def test_bad_input_is_one_line_that_names_it(monkeypatch, album, small, tmp_path
 def test_an_option_that_cannot_act_is_refused_before_any_work(monkeypatch, album, small, tmp_path,
                                                               words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it began to work"))
+    monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
     words = words.replace("STATS", f"{album / 'reference' / 'statistics.npz'}")
     words = words.replace("IMAGES", f"{album / 'samples' / 'images.npz'}")
     assert message in error_line(monkeypatch, *words.split())
