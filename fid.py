@@ -232,7 +232,7 @@ def as_gaussian(mu, sigma, names=("mu", "sigma")):
     if asymmetry > rounding:
         raise ValueError(f"{names[1]} is no covariance: entries (i, j) and (j, i) differ by "
                          f"{asymmetry:.3g}")
-    if torch.linalg.cholesky_ex(sigma)[1]:                   # singular, or worse
+    if torch.linalg.cholesky_ex(sigma + rounding * torch.eye(len(mu)))[1]:   # cheap, then exact
         lowest = torch.linalg.eigvalsh(sigma)[0]
         if lowest < -rounding:
             raise ValueError(f"{names[1]} is no covariance: it has the eigenvalue {lowest:.3g}")
@@ -506,7 +506,7 @@ class Side:
                 if "n" in keys:
                     self.n = int(file["n"])
                 if "extractor_sha256" in keys:
-                    self.extractor = str(file["extractor_sha256"])
+                    self.extractor = str(file["extractor_sha256"]) or None
         except Exception as error:                           # an untrusted file may raise anything
             raise ValueError(f"{path} is not a readable .npz ({type(error).__name__})") from None
         if "arr_0" in keys:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from commands import ROOT, launch
 from helpers import damaged
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -107,15 +107,16 @@ def test_an_image_is_seen_alone(net):
 
 
 def test_the_key_layout_is_that_of_the_public_file(weights):
-    """torchvision's names and shapes (inception_v3 of 0.28.0 with 1008 classes and no auxiliary
-    ones: 23,850,960 parameters), without the counters of batch norm."""
+    """torchvision's names and shapes (inception_v3 of 0.29.1 with 1008 classes and no auxiliary
+    ones: 23,850,960 parameters), without the counters of batch norm; the digest is of its layout.
+    Forbids branches that exchange their names: random weights would not show it, public ones do."""
     state = torch.load(weights, weights_only=True)
     assert len(state) == 94 * 5 + 2 and state["fc.weight"].shape == (1008, 2048)
-    for key in ("Conv2d_1a_3x3.conv.weight", "Mixed_5d.branch3x3dbl_3.bn.running_var",
-                "Mixed_6b.branch7x7dbl_5.conv.weight", "Mixed_7a.branch7x7x3_4.bn.bias",
-                "Mixed_7c.branch3x3dbl_3b.conv.weight"):
-        assert key in state
+    assert state["Mixed_7b.branch3x3_2a.conv.weight"].shape == (384, 384, 1, 3)
     assert sum(x.numel() for key, x in state.items() if "running" not in key) == 23_850_960
+    layout = "\n".join(sorted(f"{key} {tuple(x.shape)}" for key, x in state.items()))
+    assert hashlib.sha256(layout.encode()).hexdigest() == (
+        "d84f693f2abd7fea61cb31c87d3b2f268bf707c1bae1db219afdad3363959cb0")
 
 
 def test_other_weights_are_refused_and_so_is_what_is_none(weights, tmp_path):
@@ -245,6 +246,8 @@ def test_a_folder_is_all_images_below_it_sorted_by_path(tmp_path):
 @settings(max_examples=30)
 @given(n=st.integers(1, 23), batch=st.integers(1, 9), world=st.integers(1, 4),
        kind=st.sampled_from(("folder", "npz", "compressed")))
+@example(n=11, batch=2, world=3, kind="folder")
+@example(n=11, batch=2, world=3, kind="npz")
 def test_ranks_divide_the_batches_among_them_in_turn(tmp_path_factory, n, batch, world, kind):
     """Batch b belongs to rank b mod world, and is images b * batch and following: none twice."""
     path, images = tmp_path_factory.mktemp("images"), pictures(n, 3, 5).numpy()
@@ -517,6 +520,7 @@ class FakeRanks:
 
 @settings(max_examples=25)
 @given(n=st.integers(4, 23), batch=st.integers(1, 9), world=st.integers(1, 4))
+@example(n=11, batch=2, world=3)
 def test_any_number_of_ranks_measures_what_one_does(tmp_path_factory, n, batch, world):
     """Forbids features out of order, batches counted twice, a mean of means, and ranks without a
     batch that spoil the sum."""
@@ -742,6 +746,26 @@ def test_two_processes_give_the_numbers_of_the_features(weights, net, tmp_path):
         assert file["n"] == 7 and file["extractor_sha256"] == digest
 
 
+def test_every_option_and_the_rank_arrive_where_they_act(monkeypatch, album, small):
+    """Forbids ranks that each measure everything, any weights unasked, a batch of its own choice,
+    and a report of every rank."""
+    calls = []
+    monkeypatch.setattr(fid, "load_inception", lambda *words: calls.append(words) or (
+        SmallNet(), SHA))
+    monkeypatch.setattr(Side, "measure", lambda self, net, *words: calls.append(words))
+    monkeypatch.setattr(fid.dist, "init_process_group", calls.append)
+    monkeypatch.setattr(fid.dist, "barrier", lambda: None)
+    monkeypatch.setattr(fid, "report", lambda *_: pytest.fail("rank 1 reports"))
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 3)):
+        monkeypatch.setenv(name, str(value))
+    images = album / "samples" / "images.npz"
+    words = images, images, "--inception", "weights", "--device", "cpu", "--batch", 5
+    command(monkeypatch, *words)
+    assert calls == ["gloo", ("weights", False), (5, "cpu", 1, 3), (5, "cpu", 1, 3)]
+    command(monkeypatch, *words, "--any-weights")
+    assert calls[5] == ("weights", True)
+
+
 def test_what_makes_numbers_incomparable_is_said(monkeypatch, album, small, tmp_path, capsys):
     (tmp_path / "jpegs").mkdir()
     for k, image in enumerate(pictures(4, 9, 5).numpy()):
@@ -763,6 +787,9 @@ def test_a_comparison_like_the_published_ones_has_no_caveat():
     side.images = type("Images", (), {"size": (8, 8), "__len__": lambda self: 4})()
     options = SimpleNamespace(crop=None, pr_dtype="half")
     assert fid.caveats(side, side, options, fid.WEIGHTS_SHA256) == []
+    side.n = 49_999
+    (line,) = fid.caveats(side, side, options, fid.WEIGHTS_SHA256)
+    assert line.startswith("n = 49999 samples, not 50,000")
     side.n = 2047
     found = fid.caveats(side, side, options, fid.WEIGHTS_SHA256)
     assert "reference: n = 2047 < 2048, the covariance is singular" in found
@@ -789,10 +816,10 @@ def test_samples_sorted_by_class_are_noticed():
 
 def bad_inputs(folder):
     (folder / "empty").mkdir()
-    for name, widths in (("three", [8, 8, 8]), ("mixed", [8, 8, 8, 9])):
+    for name, sizes in (("three", [(9, 8)] * 3), ("mixed", [(9, 8)] * 3 + [(8, 9)])):
         (folder / name).mkdir()
-        for k, width in enumerate(widths):
-            Image.new("RGB", (width, 8)).save(folder / name / f"{k}.png")
+        for k, size in enumerate(sizes):
+            Image.new("RGB", size).save(folder / name / f"{k}.png")
     (folder / "broken").mkdir()
     (folder / "broken" / "0.png").write_bytes(b"no image")
     images = pictures(4, 8, 8).numpy()
@@ -822,7 +849,7 @@ def bad_inputs(folder):
     ("empty", "holds no images"),
     ("three", "holds 3 images; precision and recall need four, a comparison 50,000"),
     ("few.npz", "holds 3 images; precision and recall need four, a comparison 50,000"),
-    ("mixed", "are of different sizes, 9 x 8 and 8 x 8; --crop SIZE makes them one"),
+    ("mixed", "are of different sizes, 8 x 9 and 9 x 8; --crop SIZE makes them one"),
     ("broken", "0.png: unreadable image"),
     ("key.npz", "has neither arr_0 nor mu; it has images"),
     ("float.npz", "arr_0 is float64 (4, 8, 8, 3); images are uint8 (N, H, W, 3)"),
