@@ -8,23 +8,25 @@ FID, sFID, Inception Score, Precision and Recall, as OpenAI's evaluator of ADM c
 
 Either side is a folder of images, an .npz of images (`arr_0`, uint8 (N, H, W, 3)), or an .npz of
 statistics (`mu`, `sigma` of the pool features, `mu_s`, `sigma_s` of the spatial ones), with or
-without images.  As in the suite: FID and sFID take a file's statistics where it has them, precision
-and recall its images.
+without images.  As in ADM's evaluator: FID and sFID take a file's statistics where it has them,
+precision and recall its images.
 
 This file needs torch, numpy, Pillow and tqdm, and nothing else of this repository: copy it.
-The semantics are those of guided-diffusion/evaluations/evaluator.py; a comment `suite` stands where
+The semantics are those of guided-diffusion/evaluations/evaluator.py; a comment `ADM` stands where
 they are not what one would guess.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,22 +47,23 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 
 def resize_tf1(x, size=299):
     """TensorFlow 1's bilinear resize: pixel i is read at i * scale, no half-pixel offset, and no
-    averaging when it shrinks (suite).  x float (B, H, W, C) -> (B, size, size, C)"""
+    averaging when it shrinks (ADM).  x float (B, H, W, C) -> (B, size, size, C)"""
     for axis in (2, 1):                                      # along rows, then along columns
         n = x.shape[axis]
-        place = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32)
-        low = place.long()
-        share = (place - low).view(-1, 1, 1) if axis == 1 else (place - low).view(-1, 1)
+        position = torch.arange(size, device=x.device) * torch.tensor(n / size).float()
+        low = position.long()
+        fraction = (position - low).view((-1, 1, 1) if axis == 1 else (-1, 1))
         a, b = (x.index_select(axis, i) for i in (low, (low + 1).clamp(max=n - 1)))
-        x = a + (b - a) * share
+        x = a + (b - a) * fraction
     return x
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU."""
+    """Convolution, batch norm, ReLU; keeps the size unless it has a stride."""
 
-    def __init__(self, i, o, kernel, stride=1, padding=0):
+    def __init__(self, i, o, kernel, stride=1, padding=None):
         super().__init__()
+        padding = padding or ("same" if stride == 1 else "valid")
         self.conv = nn.Conv2d(i, o, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(o, eps=1e-3)
 
@@ -68,136 +71,103 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-ACROSS, DOWN = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+class Block(nn.Module):
+    """Chains of layers side by side on one input, their outputs concatenated.
 
+    A layer is (channels, kernel) or (channels, kernel, stride), and a list of two of them a fork,
+    whose outputs are concatenated.  The chain "_pool" begins with the pooling.  The names are those
+    of the public file: layer k of a chain ends in _k, the arms of a fork in _ka and _kb.
+    """
 
-def average(x):
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)         # suite
-
-
-def maximum(x):
-    return F.max_pool2d(x, 3, 1, 1)
-
-
-class InceptionA(nn.Module):
-    def __init__(self, i, pool):
+    def __init__(self, i, pool, chains):
         super().__init__()
-        self.branch1x1 = Conv(i, 64, 1)
-        self.branch5x5_1 = Conv(i, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(i, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(i, pool, 1)
+        self.pool, self.chains = pool, {chain: [] for chain in chains}
+        for chain, layers in chains.items():
+            width = i
+            for k, layer in enumerate(layers, 1):
+                name = f"branch{chain}" + (f"_{k}" if len(layers) > 1 else "")
+                arms = dict(zip((name + "a", name + "b"), layer)) if isinstance(layer, list) else {
+                    name: layer}
+                for name, arm in arms.items():
+                    self.add_module(name, Conv(width, *arm))
+                self.chains[chain].append(list(arms))
+                width = arm[0]
 
     def forward(self, x):
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average(x))], dim=1)
+        outputs = []
+        for chain, layers in self.chains.items():
+            y = self.pool(x) if chain == "_pool" else x
+            for names in layers:
+                y = torch.cat([getattr(self, name)(y) for name in names], dim=1)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
 
 
-class InceptionB(nn.Module):
-    def __init__(self, i):
-        super().__init__()
-        self.branch3x3 = Conv(i, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(i, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, x):
-        return torch.cat([
-            self.branch3x3(x),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            F.max_pool2d(x, 3, 2)], dim=1)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)  # ADM
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
-class InceptionC(nn.Module):
-    def __init__(self, i, C):
-        super().__init__()
-        self.branch1x1 = Conv(i, 192, 1)
-        self.branch7x7_1 = Conv(i, C, 1)
-        self.branch7x7_2 = Conv(C, C, **ACROSS)
-        self.branch7x7_3 = Conv(C, 192, **DOWN)
-        self.branch7x7dbl_1 = Conv(i, C, 1)
-        self.branch7x7dbl_2 = Conv(C, C, **DOWN)
-        self.branch7x7dbl_3 = Conv(C, C, **ACROSS)
-        self.branch7x7dbl_4 = Conv(C, C, **DOWN)
-        self.branch7x7dbl_5 = Conv(C, 192, **ACROSS)
-        self.branch_pool = Conv(i, 192, 1)
-
-    def forward(self, x):
-        y = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(y)),
-            self.branch_pool(average(x))], dim=1)
+def inception_a(i, pooled):
+    return Block(i, average, {
+        "1x1": [(64, 1)],
+        "5x5": [(48, 1), (64, 5)],
+        "3x3dbl": [(64, 1), (96, 3), (96, 3)],
+        "_pool": [(pooled, 1)]})
 
 
-class InceptionD(nn.Module):
-    def __init__(self, i):
-        super().__init__()
-        self.branch3x3_1 = Conv(i, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(i, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, **ACROSS)
-        self.branch7x7x3_3 = Conv(192, 192, **DOWN)
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
-
-    def forward(self, x):
-        y = self.branch7x7x3_2(self.branch7x7x3_1(x))
-        return torch.cat([
-            self.branch3x3_2(self.branch3x3_1(x)),
-            self.branch7x7x3_4(self.branch7x7x3_3(y)),
-            F.max_pool2d(x, 3, 2)], dim=1)
+def inception_b(i):
+    return Block(i, shrink, {
+        "3x3": [(384, 3, 2)],
+        "3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
+        "_pool": []})
 
 
-class InceptionE(nn.Module):
-    def __init__(self, i, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = Conv(i, 320, 1)
-        self.branch3x3_1 = Conv(i, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1 = Conv(i, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = Conv(i, 192, 1)
+def inception_c(i, C, across=(1, 7), down=(7, 1)):
+    return Block(i, average, {
+        "1x1": [(192, 1)],
+        "7x7": [(C, 1), (C, across), (192, down)],
+        "7x7dbl": [(C, 1), (C, down), (C, across), (C, down), (192, across)],
+        "_pool": [(192, 1)]})
 
-    def forward(self, x):
-        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch3x3_2a(y), self.branch3x3_2b(y),
-            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
-            self.branch_pool(self.pool(x))], dim=1)
+
+def inception_d(i):
+    return Block(i, shrink, {
+        "3x3": [(192, 1), (320, 3, 2)],
+        "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
+        "_pool": []})
+
+
+def inception_e(i, pool):
+    fork = [(384, (1, 3)), (384, (3, 1))]
+    return Block(i, pool, {
+        "1x1": [(320, 1)],
+        "3x3": [(384, 1), fork],
+        "3x3dbl": [(448, 1), (384, 3), fork],
+        "_pool": [(192, 1)]})
 
 
 class InceptionV3(nn.Module):
-    """uint8 images -> what the suite reads off the graph.  Parameter names: the public file's."""
+    """uint8 images -> what ADM's evaluator reads off the graph.  Names: the public file's."""
 
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = InceptionA(192, 32)
-        self.Mixed_5c = InceptionA(256, 64)
-        self.Mixed_5d = InceptionA(288, 64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(768, 128)
-        self.Mixed_6c = InceptionC(768, 160)
-        self.Mixed_6d = InceptionC(768, 160)
-        self.Mixed_6e = InceptionC(768, 192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280, average)
-        self.Mixed_7c = InceptionE(2048, maximum)                        # suite
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding="valid")
+        self.Mixed_5b = inception_a(192, 32)
+        self.Mixed_5c = inception_a(256, 64)
+        self.Mixed_5d = inception_a(288, 64)
+        self.Mixed_6a = inception_b(288)
+        self.Mixed_6b = inception_c(768, 128)
+        self.Mixed_6c = inception_c(768, 160)
+        self.Mixed_6d = inception_c(768, 160)
+        self.Mixed_6e = inception_c(768, 192)
+        self.Mixed_7a = inception_d(768)
+        self.Mixed_7b = inception_e(1280, average)
+        self.Mixed_7c = inception_e(2048, maximum)                        # ADM
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
@@ -205,13 +175,13 @@ class InceptionV3(nn.Module):
         x = (resize_tf1(images.float()) - 128) / 128                     # (B, 299, 299, 3)
         x = x.permute(0, 3, 1, 2)                                        # channels_last in memory
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))        # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))        # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))   # (B, 288, 35, 35)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(shrink(x)))                     # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(shrink(x))))                # (B, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))        # (B, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                # suite: H, W, then C
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                # ADM: H, W, then C
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))        # (B, 2048, 8, 8)
         pool = x.mean(dim=(2, 3))
-        return pool, spatial, (pool @ self.fc.weight.T).softmax(dim=1)   # suite: without its bias
+        return pool, spatial, (pool @ self.fc.weight.T).softmax(dim=1)   # ADM: without its bias
 
 
 def load_inception(path=None, any_weights=False):
@@ -228,13 +198,13 @@ def load_inception(path=None, any_weights=False):
                               f"fetch it elsewhere, and give it with --inception FILE") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if digest != WEIGHTS_SHA256 and not any_weights:
-        raise ValueError(f"--inception {path} has SHA-256 {digest[:12]}..., not the suite's "
+        raise ValueError(f"--inception {path} has SHA-256 {digest[:12]}..., not ADM's "
                          f"{WEIGHTS_SHA256[:12]}...; --any-weights takes it, for other numbers")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         net = InceptionV3()
         net.load_state_dict(state)
-    except Exception as error:       # whatever a file from elsewhere may raise
+    except Exception as error:                               # an untrusted file may raise anything
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--inception {path} is not a file of the network's weights: "
                          f"{line}") from None
@@ -245,6 +215,30 @@ def load_inception(path=None, any_weights=False):
 # The metrics, on arrays
 
 
+def as_gaussian(mu, sigma, names=("mu", "sigma")):
+    """(d,), (d, d) as float64 tensors.  ValueError where they are no mean and covariance: symmetric
+    and without negative eigenvalues, up to what rounding its entries to float32 may change."""
+    mu, sigma = np.asarray(mu), np.asarray(sigma)
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise ValueError(f"{names[0]} {mu.shape} and {names[1]} {sigma.shape} are not of shapes "
+                         f"(d,) and (d, d)")
+    for name, x in zip(names, (mu, sigma)):
+        if x.dtype.kind not in "iuf" or not np.isfinite(x).all():
+            problem = "is not finite" if x.dtype.kind in "iuf" else f"is {x.dtype}, not real"
+            raise ValueError(f"{name} {problem}")
+    mu, sigma = (torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma))
+    rounding = len(mu) * torch.finfo(torch.float32).eps * sigma.abs().max()
+    asymmetry = (sigma - sigma.T).abs().max()
+    if asymmetry > rounding:
+        raise ValueError(f"{names[1]} is no covariance: entries (i, j) and (j, i) differ by "
+                         f"{asymmetry:.3g}")
+    if torch.linalg.cholesky_ex(sigma + rounding * torch.eye(len(mu)))[1]:   # cheap, then exact
+        lowest = torch.linalg.eigvalsh(sigma)[0]
+        if lowest < -rounding:
+            raise ValueError(f"{names[1]} is no covariance: it has the eigenvalue {lowest:.3g}")
+    return mu, sigma
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
@@ -253,14 +247,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     diagonal is added to anything.
     mu (d,), sigma (d, d) -> float, at least 0
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x, dtype=np.float64))
-                                for x in (mu1, sigma1, mu2, sigma2))
-    if mu1.ndim != 1 or mu1.shape != mu2.shape or not (
-            sigma1.shape == sigma2.shape == 2 * mu1.shape):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (mu1, sigma1, mu2, sigma2))
-        raise ValueError(f"mu, sigma, mu, sigma of shapes {shapes} are not (d,) and (d, d)")
-    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("the statistics are not finite")
+    mu1, sigma1 = as_gaussian(mu1, sigma1, ("mu1", "sigma1"))
+    mu2, sigma2 = as_gaussian(mu2, sigma2, ("mu2", "sigma2"))
+    if len(mu1) != len(mu2):
+        raise ValueError(f"Gaussians in {len(mu1)} and {len(mu2)} dimensions have no distance")
     A, failed = torch.linalg.cholesky_ex(sigma1)
     if failed:
         values, vectors = torch.linalg.eigh(sigma1)
@@ -273,7 +263,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(probs, split=5000):
     """exp of the mean KL divergence from p(class | image) to p(class), over consecutive chunks of
-    `split` images; the mean of the chunks (suite: the last may be short, and counts like the rest).
+    `split` images; the mean of the chunks (ADM: the last may be short, and counts like the rest).
     probs (N, K), rows summing to 1 -> float from 1 to K"""
     probs, scores = torch.as_tensor(probs), []
     for p in probs.split(split):
@@ -285,27 +275,28 @@ def inception_score(probs, split=5000):
 
 
 def squared_distances(a, b, half=False):
-    """(M, d), (N, d) -> (M, N).  half: as TensorFlow computes them in float16 (suite)."""
+    """(M, d), (N, d) -> (M, N).  half: as TensorFlow computes them in float16 (ADM)."""
     if half:
         u, v = a.half(), b.half()
         product = (u.float() @ v.float().T).half()           # sums in float32, rounded once
         D = u.square().sum(1)[:, None] - 2 * product + v.square().sum(1)
         if D.isfinite().all():
-            return D.clamp(min=0).float()                    # else all in float32 (suite)
+            return D.clamp(min=0).float()                    # else all in float32 (ADM)
     return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
 
 
 def precision_recall(real, fake, k=3, half=False, block=1000):
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
 
-    Precision is the share of fake points in a ball of some real point, recall that of real points
-    in a ball of some fake one; a ball reaches to the k-th nearest neighbour in its own set.
+    Precision is the fraction of fake points in a ball of some real point, recall that of real
+    points in a ball of some fake one; a ball reaches to the k-th nearest neighbour in its own set.
     real (N, d), fake (M, d) -> two floats.  Holds `block` rows of distances to all of a set at a
-    time: 200 MB in float32 for 50,000 points.  half: with the suite's float16 rounding.
+    time: 200 MB in float32 for 50,000 points.  half: with ADM's float16 rounding.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images on both sides")
+        raise ValueError(f"precision and recall need more than {k} images on both sides, not "
+                         f"{len(real)} and {len(fake)}")
 
     def radii(x):                                            # the nearest is the point itself
         return torch.cat([squared_distances(rows, x, half).topk(k + 1, largest=False)[0][:, k]
@@ -341,7 +332,7 @@ def center_crop(image, size):
 
 def list_images(folder):
     """Paths of all images below a folder, sorted; hidden files are none."""
-    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
+    return sorted(os.path.join(path, name) for path, _, names in os.walk(folder, followlinks=True)
                   for name in names
                   if Path(name).suffix.lower() in ENDINGS and not name.startswith("."))
 
@@ -383,7 +374,7 @@ class FolderImages:
     def read(self, file):
         try:
             return read_image(file, self.crop)
-        except Exception as error:   # Pillow's plugins raise nearly anything on a broken file
+        except Exception as error:                           # an untrusted file may raise anything
             raise ValueError(f"{file}: unreadable image ({error})") from None
 
     def batches(self, batch, rank, world):
@@ -405,9 +396,12 @@ class NpzImages:
 
     def __init__(self, path):
         self.path = path
-        with self.member() as (_, shape, dtype):
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:3]) < 1:
+        with self.member() as (_, shape, dtype, stored):
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
                 raise ValueError(f"{path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
+            if math.prod(shape) != stored:
+                raise ValueError(f"{path}: arr_0 has {stored} bytes, not the {math.prod(shape)} of "
+                                 f"its shape {shape}; save it again")
             self.n, self.size = shape[0], shape[1:3]
 
     def __len__(self):
@@ -415,7 +409,7 @@ class NpzImages:
 
     @contextmanager
     def member(self):
-        """(open file of the array's bytes, shape, dtype)"""
+        """(open file of the array's bytes, shape, dtype, number of bytes)"""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
                 read = {1: np.lib.format.read_array_header_1_0,
@@ -423,19 +417,18 @@ class NpzImages:
                 shape, fortran, dtype = read(file)
                 if fortran:
                     raise ValueError(f"{self.path}: arr_0 is in Fortran's order; save it in C's")
-                yield file, shape, dtype
-        except Exception as error:   # a broken file may fail anywhere inside the readers
+                yield file, shape, dtype, archive.getinfo("arr_0.npy").file_size - file.tell()
+        except Exception as error:                           # an untrusted file may raise anything
             if str(self.path) in str(error):
                 raise
             raise ValueError(f"{self.path}: arr_0 is damaged ({type(error).__name__})") from None
 
     def batches(self, batch, rank, world):
         """uint8 (B, H, W, 3)"""
-        one = self.size[0] * self.size[1] * 3
-        with self.member() as (file, _, _):
+        with self.member() as (file, *_):
             for b, start in enumerate(range(0, self.n, batch)):
                 count = min(batch, self.n - start)
-                data = file.read(count * one)
+                data = file.read(count * math.prod(self.size) * 3)
                 if b % world == rank:
                     yield np.frombuffer(data, np.uint8).reshape(count, *self.size, 3)
 
@@ -468,12 +461,12 @@ class Moments:
         return mu.numpy(), ((self.products - n * mu.outer(mu)) / (n - 1)).numpy()
 
 
-def gather_batches(mine, rank, world):
+def gather_batches(batches, rank, world):
     """All ranks' batches in the order of the images, on rank 0; elsewhere None."""
     if world == 1:
-        return torch.cat(mine)
+        return torch.cat(batches)
     ranks = [None] * world if rank == 0 else None
-    dist.gather_object(mine, ranks)
+    dist.gather_object(batches, ranks)
     if rank > 0:
         return None
     return torch.cat([ranks[b % world][b // world] for b in range(sum(map(len, ranks)))])
@@ -483,19 +476,24 @@ STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": 
 
 
 class Side:
-    """Reference or samples: statistics, and features of its images if it has any."""
+    """Reference or samples: statistics, and features of its images if it has any.
+
+    n is the number of images behind the statistics, extractor the SHA-256 of the network; either is
+    None where a file of statistics does not say it.
+    """
 
     def __init__(self, path, crop=None):
-        self.path, self.statistics, self.images, self.n = str(path), None, None, None
-        if not Path(path).exists():
-            raise FileNotFoundError(f"no file or folder at {path}")
+        self.path, self.statistics, self.images = str(path), None, None
+        self.n = self.extractor = None
+        if not self.path or not Path(path).exists():
+            raise FileNotFoundError(f"no file or folder at '{path}'")
         if Path(path).is_dir():
             self.images = FolderImages(path, crop)
         else:
             self.open_npz(path)
-        if self.images is not None and len(self.images) < 2:
-            raise ValueError(f"{path} holds {len(self.images)} image; a covariance needs two, "
-                             f"a comparison 50,000")
+        if self.images and len(self.images) < 4:
+            raise ValueError(f"{path} holds {len(self.images)} images; precision and recall need "
+                             f"four, a comparison 50,000")
         if self.images and not self.statistics:
             self.n = len(self.images)
 
@@ -503,26 +501,42 @@ class Side:
         try:
             with zipfile.ZipFile(path) as archive:
                 keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            wanted = [key for key in (*STATISTICS, "n") if key in keys]
             with np.load(path, allow_pickle=False) as file:
-                found = {key: file[key] for key in wanted}
-            self.n = int(found.pop("n")) if "n" in found else None
-        except Exception as error:   # a broken file may fail anywhere inside the readers
+                found = {key: file[key] for key in STATISTICS if key in keys}
+                if "n" in keys:
+                    self.n = int(file["n"])
+                if "extractor_sha256" in keys:
+                    self.extractor = str(file["extractor_sha256"]) or None
+        except Exception as error:                           # an untrusted file may raise anything
             raise ValueError(f"{path} is not a readable .npz ({type(error).__name__})") from None
         if "arr_0" in keys:
             self.images = NpzImages(path)
         if not found and self.images is None:
             raise ValueError(f"{path} has neither arr_0 nor mu; it has {', '.join(keys)}")
-        if found and len(found) < 4:
-            raise ValueError(f"{path} has {', '.join(found)}, not all of {', '.join(STATISTICS)}")
-        shapes = {key: x.shape for key, x in found.items()}
-        if found and shapes != STATISTICS:
-            raise ValueError(f"{path} has statistics of shapes {shapes}, not {STATISTICS}")
+        if found:
+            self.check_statistics(found)
         self.statistics = found or None
+
+    def check_statistics(self, found):
+        """ValueError where they are not the means and covariances of two images or more."""
+        if len(found) < 4:
+            raise ValueError(f"{self.path} has {', '.join(found)}, not all of "
+                             f"{', '.join(STATISTICS)}")
+        shapes = {key: x.shape for key, x in found.items()}
+        if shapes != STATISTICS:
+            raise ValueError(f"{self.path} has statistics of shapes {shapes}, not {STATISTICS}")
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"{self.path}: n is {self.n}; a covariance needs 2 images")
+        for names in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            try:
+                as_gaussian(*(found[name] for name in names), names)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}; make the file again, from images, with "
+                                 f"--save-stats") from None
 
     def measure(self, net, batch, device, rank=0, world=1):
         """Run the images through the network; leaves pool, probabilities, statistics on rank 0."""
-        pools, probs, moments = [], [], (Moments(2048), Moments(2023))
+        pools, probs, moments = [], [], [Moments(*STATISTICS[key]) for key in ("mu", "mu_s")]
         with tqdm(total=len(self.images), desc=Path(self.path).name, unit="image",
                   disable=rank > 0) as progress:
             for images in self.images.batches(batch, rank, world):
@@ -551,8 +565,28 @@ class Side:
 # The comparison
 
 
+def common_extractor(sides, digest=None):
+    """SHA-256 of the network behind the features of all sides, None where none is known.
+
+    digest: of the network that measures the images.  Two networks are refused: no distance between
+    their features means anything.
+    """
+    known = {}
+    for side in sides:
+        if side.images and not side.statistics:
+            side.extractor = digest
+        if side.extractor:
+            known[side.extractor] = side.path
+    if digest:
+        known.setdefault(digest, "--inception")
+    if len(known) > 1:
+        made = " and ".join(f"{path} with {sha[:12]}..." for sha, path in known.items())
+        raise ValueError(f"features of different networks, {made}; measure both sides with one")
+    return next(iter(known), None)
+
+
 def compare(reference, samples, half=True, device="cpu"):
-    """{metric: value} of two measured sides, with the names of the suite."""
+    """{metric: value} of two measured sides, with the names of ADM's evaluator."""
     a, b = reference.statistics, samples.statistics
     result = {}
     if samples.images:
@@ -566,12 +600,14 @@ def compare(reference, samples, half=True, device="cpu"):
     return result
 
 
-def doubts(reference, samples, options, digest):
+def caveats(reference, samples, options, extractor):
     """Why the numbers may not be compared with published ones."""
     found = []
-    if digest != WEIGHTS_SHA256:
-        found.append("the network's weights are not the suite's")
+    if extractor not in (None, WEIGHTS_SHA256):
+        found.append("the network's weights are not ADM's")
     for name, side in (("reference", reference), ("samples", samples)):
+        if side.extractor is None:
+            found.append(f"{name}: extractor unknown, the file of statistics does not name it")
         if side.n is None:
             found.append(f"{name}: statistics of an unknown number of images")
         elif side.n < 2048:
@@ -583,11 +619,11 @@ def doubts(reference, samples, options, digest):
     elif reference.images.size != samples.images.size:
         found.append("reference and samples differ in size")
     if options.pr_dtype == "float":
-        found.append("precision and recall are exact, the suite's are in float16")
+        found.append("precision and recall are in float32, ADM's are in float16")
     if options.crop:
         found.append(f"--crop {options.crop}: images of folders were resized here")
-    if samples.images and any(f.suffix.lower() in (".jpg", ".jpeg")
-                              for f in getattr(samples.images, "files", ())):
+    files = getattr(samples.images, "files", ())
+    if any(file.lower().endswith((".jpg", ".jpeg")) for file in files):
         found.append("samples are JPEG: its artefacts are measured too")
     if samples.images and len(samples.images) > 5000:
         order = torch.randperm(len(samples.probs), generator=torch.Generator().manual_seed(0))
@@ -597,10 +633,57 @@ def doubts(reference, samples, options, digest):
     return found
 
 
+def write(path, fill):
+    """Call fill(file), and only then let it take the path's name: never half a file."""
+    unfinished = f"{path}.partial"
+    try:
+        with open(unfinished, "wb") as file:
+            fill(file)
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def report(sides, options, extractor, device):
+    """Print the result, write what was asked for."""
+    reference = sides[0]
+    print(f"reference: {reference}")
+    if options.save_stats is not None:
+        known = {"n": reference.n, "extractor_sha256": reference.extractor}
+        known = {key: value for key, value in known.items() if value is not None}
+        write(options.save_stats, lambda file: np.savez(file, **reference.statistics, **known))
+        print(f"wrote {options.save_stats}")
+    if len(sides) == 1:
+        return
+    samples = sides[1]
+    print(f"samples:   {samples}")
+    print(f"extractor: Inception v3 of 2015, SHA-256 {extractor or 'unknown'}")
+    result = compare(reference, samples, options.pr_dtype == "half", device)
+    for name, value in result.items():
+        print(f"{name + ':':<17}{value:.6g}")
+    found = caveats(reference, samples, options, extractor)
+    for line in found:
+        print(f"caveat: {line}")
+    if options.json is not None:
+        facts = dict(reference=str(reference), samples=str(samples), n_reference=reference.n,
+                     n_samples=samples.n, extractor_sha256=extractor, pr_dtype=options.pr_dtype,
+                     caveats=found, torch=torch.__version__)
+        text = json.dumps({**result, **facts}, indent=1) + "\n"
+        write(options.json, lambda file: file.write(text.encode()))
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the options")
+
+
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] REFERENCE [SAMPLES]")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="%(prog)s [options] REFERENCE [SAMPLES]")
     add = parser.add_argument
     add("reference", metavar="REFERENCE", help="folder or .npz")
     add("samples", metavar="SAMPLES", nargs="?", help="folder or .npz")
@@ -608,97 +691,98 @@ def parse():
     add("--json", metavar="FILE", help="write the result as JSON too")
     add("--crop", type=int, metavar="SIZE", help="resize and crop images of folders, as ADM does")
     add("--pr-dtype", choices=("half", "float"), default="half",
-        help="distances for precision and recall: in the suite's float16 [half], or exact")
+        help="distances for precision and recall: float16 as in ADM's evaluator [half], or float32")
     add("--inception", metavar="FILE", help="the network's weights [downloaded]")
-    add("--any-weights", action="store_true", help="even if they are not the suite's")
+    add("--any-weights", action="store_true", help="even if they are not ADM's")
     add("--batch", type=int, default=64, metavar="INT", help="images at a time [64]")
     add("--device", default="auto", metavar="STR", help="auto, cpu, cuda, mps")
     return parser.parse_args()
 
 
+def check_options(options):
+    """ValueError for what cannot be done, before hours of work rather than after."""
+    if options.samples is None and options.save_stats is None:
+        raise ValueError("nothing to do: give SAMPLES, or --save-stats FILE")
+    if options.samples is None and options.json is not None:
+        raise ValueError("--json needs SAMPLES: there is no result without a comparison")
+    for name in ("batch", "crop"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    inputs = [Path(path).resolve() for path in (options.reference, options.samples or ".")]
+    for name, file in (("--save-stats", options.save_stats), ("--json", options.json)):
+        if file is not None:
+            if Path(file).is_dir() or not Path(file).parent.is_dir():
+                raise ValueError(f"{name} '{file}' cannot be written: it must be a file in a "
+                                 f"folder that exists")
+            if Path(file).resolve() in inputs:
+                raise ValueError(f"{name} {file} would overwrite what is compared; name another")
+
+
+def choose_device(name):
+    """torch's name of the device; ValueError where it does not compute."""
+    cuda = name in ("auto", "cuda") and torch.cuda.is_available()
+    device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else
+              "cpu" if name == "auto" else name)
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:                               # each kind of device has its own
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_with_one_download(options, world):
+    """load_inception; where there are many ranks, the first of each node fetches the weights."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if world > 1 and local > 0:
+        dist.barrier()
+    net, digest = load_inception(options.inception, options.any_weights)
+    if world > 1 and local == 0:
+        dist.barrier()
+    return net, digest
+
+
 def main():
     options = parse()
-    if not options.samples and not options.save_stats:
-        raise ValueError("nothing to do: give SAMPLES, or --save-stats FILE")
-    if options.batch < 1 or (options.crop is not None and options.crop < 1):
-        raise ValueError("--batch and --crop must be at least 1")
-    for file in (options.save_stats, options.json):
-        if file and not Path(file).parent.is_dir():
-            raise ValueError(f"{file} cannot be written: there is no folder {Path(file).parent}")
+    check_options(options)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")                      # a few sums at the end: gloo will do
-    cuda = torch.cuda.is_available() and options.device in ("auto", "cuda")
-    device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else
-              "cpu" if options.device == "auto" else options.device)
+    device = choose_device(options.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    sides = [Side(path, options.crop) for path in (options.reference, options.samples) if path]
-    if any(side.images for side in sides):
-        waits = world > 1 and int(os.environ["LOCAL_RANK"]) > 0
-        if waits:
-            dist.barrier()                                   # one process a node fetches weights
-        net, digest = load_inception(options.inception, options.any_weights)
-        if world > 1 and not waits:
-            dist.barrier()
-        try:
-            net = net.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-        for side in sides:
-            if side.images:
-                side.measure(net, options.batch, device, rank, world)
-    else:
-        digest = WEIGHTS_SHA256
+    paths = (options.reference, options.samples)
+    sides = [Side(path, options.crop) for path in paths if path is not None]
+    if options.crop and not any(isinstance(side.images, FolderImages) for side in sides):
+        raise ValueError(f"--crop {options.crop} is for folders of images, and there is none")
+    net = digest = None
+    if options.inception is not None or any(side.images for side in sides):
+        net, digest = load_with_one_download(options, world)
+    extractor = common_extractor(sides, digest)
+    for side in sides:
+        if side.images:
+            side.measure(net.to(device), options.batch, device, rank, world)
     if rank == 0:
-        report(sides, options, digest, device)
+        report(sides, options, extractor, device)
 
 
-def write(path, fill):
-    """Call fill(file), and only then let it take the path's name: never half a file."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            fill(file)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-
-
-def report(sides, options, digest, device):
-    """Print the result, write what was asked for."""
-    reference = sides[0]
-    print(f"reference: {reference}")
-    if options.save_stats:
-        n = {} if reference.n is None else {"n": reference.n}
-        write(options.save_stats, lambda file: np.savez(file, **reference.statistics, **n))
-        print(f"wrote {options.save_stats}")
-    if len(sides) == 1:
-        return
-    samples = sides[1]
-    print(f"samples:   {samples}\nextractor: Inception v3 of 2015, SHA-256 {digest}")
-    result = compare(reference, samples, options.pr_dtype == "half", device)
-    for name, value in result.items():
-        print(f"{name + ':':<17}{value:.6g}")
-    found = doubts(reference, samples, options, digest)
-    for line in found:
-        print(f"not comparable: {line}")
-    if options.json:
-        facts = dict(reference=str(reference), samples=str(samples), n_reference=reference.n,
-                     n_samples=samples.n, extractor_sha256=digest, pr_dtype=options.pr_dtype,
-                     not_comparable=found, torch=torch.__version__)
-        text = json.dumps({**result, **facts}, indent=1) + "\n"
-        write(options.json, lambda file: file.write(text.encode()))
-
-
-if __name__ == "__main__":
+def run():
+    """main(); what the user can mend ends in one line and exit code 1."""
     try:
         main()
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"fid.py: error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in line:
+            line = "out of memory; a smaller --batch needs less"
+        elif isinstance(error, RuntimeError):
+            raise
+        sys.exit(f"fid.py: error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)          # gloo's threads sometimes abort an interpreter that shuts down
+        os._exit(0)                  # gloo's threads sometimes abort an interpreter that shuts down
+
+
+if __name__ == "__main__":
+    run()

@@ -52,7 +52,7 @@ DISTORTIONS = {    # name of the strength, the strengths
 
 def random_weights(images, seed=0):
     """A state dict of fid.InceptionV3: He-normal, with batch norms that have seen the images
-    (uint8 (B, H, W, 3)), and a bias in the last layer, which the suite does not use."""
+    (uint8 (B, H, W, 3)), and a bias in the last layer, which ADM's evaluator does not use."""
     torch.manual_seed(seed)
     net = fid.InceptionV3()
     for module in net.modules():
@@ -134,7 +134,7 @@ def main():
             values = ", ".join(f"{point[metric]:.4g}" for point in result[distort])
             print(f"{distort.__name__:<6}{metric:<5} at {str(strengths)[1:-1]}: {values}",
                   flush=True)
-    weights = "the suite's" if options.inception else "random"
+    weights = "ADM's" if options.inception else "random"
     figure = draw(result, len(photos), options.size, weights)
     save_atomically(options.out, lambda path: figure.savefig(path, format="png", dpi=120))
     print(f"wrote {options.out}")

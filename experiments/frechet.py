@@ -28,7 +28,7 @@ class Options:
 
 
 def by_sqrtm(mu1, sigma1, mu2, sigma2):
-    """As the suite does it, but for its retry with a diagonal added; the real part of the root."""
+    """As ADM's evaluator does it, except its retry with a diagonal added; the root's real part."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root.real))
 

@@ -33,7 +33,7 @@ class PyTorchDefault(DiP):
     def initialize_weights(self):
         super().initialize_weights()
         for module in self.output.head.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 module.reset_parameters()
 
 

@@ -14,7 +14,8 @@ from experiments.harness import AXES, BASE, COLOURS, Claim, better, conduct
 from experiments.head_size import PATCH_16
 from sample import run_main
 
-MODELS = {f"DiT-only/{P}": BASE.replace(patch_size=P, head="none", head_width=0, head_depth=0) for P in (4, 8, 16)}
+MODELS = {f"DiT-only/{P}": BASE.replace(patch_size=P, head="none", head_width=0, head_depth=0)
+          for P in (4, 8, 16)}
 MODELS |= {"DiP/8": BASE, "DiP/16": PATCH_16}
 
 

@@ -174,9 +174,9 @@ def test_beginnings_differ_in_the_head_alone(build):
         weights.append(kind(small).state_dict())
     ours, theirs = weights
     differ = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert all(name.startswith("last.head") for name in differ)
-    assert ("last.head.down.0.weight" in differ) == ("PyTorchDefault" in build.__name__)
-    zero = not (theirs["last.head.out.weight"].any() or theirs["last.head.out.bias"].any())
+    assert all(name.startswith("output.head") for name in differ)
+    assert ("output.head.down.0.weight" in differ) == ("PyTorchDefault" in build.__name__)
+    zero = not (theirs["output.head.out.weight"].any() or theirs["output.head.out.bias"].any())
     assert zero == ("LastLayerZero" in build.__name__)
     average = isinstance(build(small).output.head.pool, torch.nn.AvgPool2d)
     assert average == (build is head_init.AveragePooling)
