@@ -58,7 +58,7 @@ class DiPConfig:
     head_depth: int = 0          # Fig. 10a: down/up-sampling stages, or layers; 0 = its default
     head_input: str = "patch"    # Fig. 11: patch, or image
     placement: str = "post-hoc"  # Fig. 5: post-hoc, intermediate, hybrid
-    prediction: str = "v"        # what the network's last layer draws: velocity v, or clean image x
+    prediction: str = "v"        # what the last layer predicts: velocity v, or clean image x
     repa_dim: int = 0            # REPA: width of the frozen encoder's features; 0 = no REPA
 
     def __post_init__(self):
@@ -186,7 +186,7 @@ class Block(nn.Module):
         self.adaLN = nn.Linear(condition_dim, 6 * D)
 
     def forward(self, s, c, rope):
-        """s (B, N, D), c (B, condition_dim) -> (B, N, D)"""
+        """s (B, N, D), c (B, condition_dim), through SiLU already -> (B, N, D)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)    # (B, D)
         s = s + gate1[:, None] * self.attention(modulate(self.norm1(s), shift1, scale1), rope)
         s = s + gate2[:, None] * self.mlp(modulate(self.norm2(s), shift2, scale2))
@@ -203,8 +203,11 @@ class Block(nn.Module):
 # these and a line in HEADS.  WIDTH and DEPTH are what head_width=0 and head_depth=0 stand for.
 
 
+LAST_LAYERS = "head.out", "output.linear"    # what in_float32 runs, by the ends of their names
+
+
 def in_float32(layer, x):
-    """A last layer's product is float32 even under autocast: prediction="x" divides it by t."""
+    """Run a last layer in float32 even under autocast: prediction="x" divides its output by t."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.float())
 
@@ -277,8 +280,8 @@ def cosine_basis(P, device=None):
 
 
 class CoordinateHead(nn.Module):
-    """Coordinate-based MLP, after PixNerd (arXiv 2507.23268): a hypernetwork.  The token writes the
-    weights of a small residual MLP, which every pixel then runs on its own colour and position."""
+    """Coordinate-based MLP, after PixNerd (arXiv 2507.23268): a hypernetwork.  The token generates
+    the weights of a small residual MLP, which every pixel runs on its own colour and position."""
 
     WIDTH, DEPTH = 64, 4                     # PixNerd's width; four blocks give Table 2's 700 M
 
@@ -288,8 +291,8 @@ class CoordinateHead(nn.Module):
         self.embed = nn.Linear(3 + 64, C)
         self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-6) for _ in range(depth))
         # paper silent [coordinate head]: no bias; Linear(1152, 16384) four times
-        self.writers = nn.ModuleList(nn.Linear(config.hidden_size, 4 * C * C, bias=False)
-                                     for _ in range(depth))
+        self.generators = nn.ModuleList(nn.Linear(config.hidden_size, 4 * C * C, bias=False)
+                                        for _ in range(depth))
         self.norm = nn.RMSNorm(C, eps=1e-6)
         self.out = nn.Linear(C, 3)
 
@@ -299,8 +302,8 @@ class CoordinateHead(nn.Module):
         basis = cosine_basis(x.shape[-1], x.device).expand(M, -1, -1)        # (M, PP, 64)
         colour = x.flatten(2).transpose(1, 2)                                # (M, PP, 3)
         h = self.embed(torch.cat([colour, basis], dim=2)).float()            # (M, PP, C)
-        for norm, writer in zip(self.norms, self.writers):
-            w1, w2 = writer(s.flatten(1)).float().chunk(2, dim=1)            # (M, 2CC) each
+        for norm, generator in zip(self.norms, self.generators):
+            w1, w2 = generator(s.flatten(1)).float().chunk(2, dim=1)         # (M, 2CC) each
             w1 = F.normalize(w1.view(M, C, 2 * C), dim=1)                    # columns of length 1
             w2 = F.normalize(w2.view(M, 2 * C, C), dim=1)
             h = h + F.silu(norm(h) @ w1) @ w2                                # (M, PP, C)
@@ -336,7 +339,8 @@ class AttentionHead(nn.Module):
 HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attention": AttentionHead}
 
 # -------------------------------------------------------------------------------------------------
-# From tokens to pixels: with a head, or as the plain DiT does
+# From tokens to pixels: with a head, or as the plain DiT does.  The two can replace each other, so
+# both are given what either needs: noisy image, tokens, time embedding, condition.
 
 
 class PatchDetailerHead(nn.Module):
@@ -348,7 +352,7 @@ class PatchDetailerHead(nn.Module):
         self.head = HEADS[config.head](config)
 
     def forward(self, x_t, s, time, c):
-        """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W);  c is not used"""
+        """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W)"""
         H, W = x_t.shape[-2:]
         s = F.silu(s + time[:, None])    # paper silent [context]: the release adds the time alone
         if self.head_input == "image":
@@ -369,7 +373,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(D, 3 * self.P**2)
 
     def forward(self, x_t, s, time, c):
-        """x_t (B, 3, H, W), for its size alone, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
+        """x_t (B, 3, H, W), only its size matters, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
         shift, scale = self.adaLN(c).chunk(2, dim=-1)
         pixels = in_float32(self.linear, modulate(self.norm(s), shift, scale))   # (B, N, 3PP)
         return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
@@ -380,12 +384,11 @@ class FinalLayer(nn.Module):
 
 REPA_BLOCK = 8           # the release: the tokens after this block are aligned
 REPA_WEIGHT = 0.5        # the release: their loss counts this much beside Eq. (5)
-MIN_TIME = 0.05          # prediction="x": x_t - x is divided by t, but by no less than this; for
-                         # smaller t the last layer learns x_t - MIN_TIME v instead of x_0
+MIN_TIME = 0.05          # prediction="x": v = (x_t - x) / max(t, MIN_TIME)
 
 
 class DiP(nn.Module):
-    """Velocity field of Eq. (5): a DiT over patches, detailed by a Patch Detailer Head."""
+    """Velocity field of Eq. (5): a DiT over patches, refined by a Patch Detailer Head."""
 
     def __init__(self, config):
         super().__init__()
@@ -396,8 +399,8 @@ class DiP(nn.Module):
         self.label = nn.Embedding(config.num_classes + 1, D)         # last row: the null class
         self.blocks = nn.ModuleList(Block(D, config.num_heads, D) for _ in range(config.depth))
         # Fig. 5: the head after the last block (post-hoc), between two blocks, or both (hybrid)
-        ends_plain = config.head == "none" or config.placement == "intermediate"
-        self.output = FinalLayer(config) if ends_plain else PatchDetailerHead(config)
+        without_head = config.head == "none" or config.placement == "intermediate"
+        self.output = FinalLayer(config) if without_head else PatchDetailerHead(config)
         self.inject_after = None
         if config.placement != "post-hoc":
             self.inject_after = config.depth // 2            # paper silent [placement]
@@ -417,9 +420,9 @@ class DiP(nn.Module):
         |-----------------------------------------|-----------------------------------------------|
         | patch embedding                         | Xavier uniform, bias 0 (release)              |
         | label table, both weights of time's MLP | N(0, 0.02) (release)                          |
-        | U-Net and MLP heads                     | He normal, bias 0, last layers too            |
-        | the way back of an injection            | 0: a fresh injection adds nothing             |
-        | everything else                         | PyTorch's default, norms 1 (release)          |
+        | U-Net and MLP heads, last layers too    | He normal by PyTorch's fan-in, bias 0         |
+        | inject_embed, from detail to tokens     | 0: a fresh injection adds nothing             |
+        | everything else, adaLN too, unlike DiT  | PyTorch's default, norms 1 (release)          |
         """
         nn.init.xavier_uniform_(self.embed.weight)
         nn.init.zeros_(self.embed.bias)
@@ -456,9 +459,10 @@ class DiP(nn.Module):
             if i == self.inject_after:
                 detail = self.inject_detail(x_t, s, time, c)     # (B, 3, H, W)
                 s = s + self.inject_embed(patchify(detail, P).flatten(2))
-        v = self.output(x_t, s, time, c)                         # (B, 3, H, W) local: they do not
-        if self.config.prediction == "x":    # what was drawn is a clean image: x_t - x_0 = t v
-            v = (x_t - v) / t.clamp(min=MIN_TIME)[:, None, None, None]
+        out = self.output(x_t, s, time, c)                       # (B, 3, H, W) local: they do not
+        v = out
+        if self.config.prediction == "x":    # out is a clean image, and x_t - x_0 = t v
+            v = (x_t - out) / t.clamp(min=MIN_TIME)[:, None, None, None]
         return (v, tokens) if align else v
 
 
@@ -505,7 +509,7 @@ def flow_matching_loss(model, x_0, y, t, noise, features=None):
 # -------------------------------------------------------------------------------------------------
 # The authors' weights: the same network in other conventions
 
-RELEASE_NAMES = {                                # theirs: ours
+RELEASE_NAMES = {                                # theirs: ours, applied in this order
     "s_embedder.proj": "embed", "t_embedder": "time", "y_embedder.embedding_table": "label",
     "attn.proj": "attention.out", "attn": "attention", "adaLN_modulation.0": "adaLN",
     "mlp.w1": "mlp.gate", "mlp.w3": "mlp.value", "mlp.w2": "mlp.out",
@@ -540,8 +544,8 @@ def from_release(weights):
 
     w = time_frequencies(dtype=torch.float64)
     cosine, sine = ours["time.mlp.0.weight"].double().chunk(2, dim=1)        # (D, 128) each
-    turned = cosine * w.cos() + sine * w.sin(), cosine * w.sin() - sine * w.cos()
-    ours["time.mlp.0.weight"] = torch.cat(turned, dim=1).float()
+    rotated = cosine * w.cos() + sine * w.sin(), cosine * w.sin() - sine * w.cos()
+    ours["time.mlp.0.weight"] = torch.cat(rotated, dim=1).float()
     for name in ("output.head.out.weight", "output.head.out.bias"):
         ours[name] = -ours[name]
     order = torch.arange(d).view(d // 4, 4)[:, [2, 0, 3, 1]].T.flatten()     # (d,)
@@ -643,6 +647,7 @@ def cost(config):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    # MATH: attention as plain matrix products, which are counted
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model = DiP(config)
         image = torch.empty(1, 3, config.image_size, config.image_size)

@@ -40,7 +40,8 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dip import Block, DiP, DiPConfig, PatchDetailerHead, check_multiple, from_release
+from dip import (LAST_LAYERS, Block, DiP, DiPConfig, PatchDetailerHead, check_multiple,
+                 from_release)
 
 # -------------------------------------------------------------------------------------------------
 # Samplers.  Each integrates dx/dt = velocity(x, t) from x at t = 1 down to t = 0; dt is negative.
@@ -227,7 +228,7 @@ def sample_grid(model, names, options):
     for start in progress(range(0, len(labels), options.batch), "sampling", unit="batch"):
         part = slice(start, start + options.batch)
         first = options.trajectory and start == 0
-        watch = (lambda t, x, v: trajectory.append((t, x, v))) if first else None
+        watch = (lambda t, x, v: trajectory.append((t, x.cpu(), v[:1].cpu()))) if first else None
         x = generate(model, labels[part], indices[part], **options.settings(), watch=watch)
         images.append(to_uint8(x))
     images = np.concatenate(images)
@@ -242,10 +243,11 @@ def sample_grid(model, names, options):
 def draw_trajectory(trajectory, images, num, classes, names, out):
     """Beside the grid: a strip of what the model predicts for the first image, x_t - t v, as t
     falls; and a GIF in which the noise of the first batch turns into its images."""
-    seen = [*{t: (t, x, v) for t, x, v in trajectory}.values()]      # Heun passes most times twice
-    last = len(seen) - 1                                     # most happens near noise: squares
+    seen = [*{t: (t, x, v) for t, x, v in trajectory}.values()]      # Heun visits most times twice
+    last = len(seen) - 1
+    # most happens near noise, so times are chosen at squares
     chosen = [seen[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
-    strip = to_uint8(torch.cat([x[:1] - t * v[:1] for t, x, v in chosen]))
+    strip = to_uint8(torch.cat([x[:1] - t * v for t, x, v in chosen]))
     sheet = draw_grid([strip], [names[classes[0]]], [f"t={t:.2f}" for t, _, _ in chosen])
     path = out.with_name(out.stem + "-trajectory.png")
     save_atomically(path, lambda partial: sheet.save(partial, "PNG"))
@@ -289,12 +291,17 @@ def export(model, options, processes):
     for file in progress(mine, "exporting", unit="batch", disable=processes.rank > 0):
         indices = batches[file]
         images = to_uint8(generate(model, [i % K for i in indices], indices, **options.settings()))
-        save_atomically(file, lambda path: np.save(path.open("wb"), images))
+        save_atomically(file, lambda path: save_array(path, images))
     processes.barrier()
     if processes.rank == 0:
         save_atomically(out, lambda path: write_npz(path, batches, (N, H, W, 3), np.arange(N) % K))
         shutil.rmtree(parts)
         print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
+
+
+def save_array(path, images):
+    with path.open("wb") as file:            # np.save would add .npy to the name of a path
+        np.save(file, images)
 
 
 def check_recipe(parts, options, processes):
@@ -419,6 +426,8 @@ def write_weights(path, model, info):
 
 def read_file(path):
     """What a .pt or .safetensors file holds, tensors mapped from the file; runs no code from it."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
     if Path(path).suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -439,19 +448,21 @@ def read_file(path):
         f"map_location='cpu')['state_dict'], 'weights.pt')\" and use weights.pt")
 
 
-def load_checkpoint(path, verify=False, resumable=True):
-    """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it.
-
-    verify: also hold every byte against the checksums in the file, as nothing else does.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
-    state = read_file(path)
-    kinds = CHECKPOINT | (RESUMABLE if resumable else {})
-    wrong = [key for key, kind in kinds.items()
+def check_types(path, state, types):
+    """Refuse what is not a dict with these keys, each with a value of its type."""
+    wrong = [key for key, kind in types.items()
              if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(wrong)}")
+
+
+def load_checkpoint(path, verify=False):
+    """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it.
+
+    verify: also compare every byte with the checksums in the file, as nothing else does.
+    """
+    state = read_file(path)
+    check_types(path, state, CHECKPOINT | RESUMABLE)
     if verify:
         with in_one_line(f"{path} is damaged"):
             if damaged := zipfile.ZipFile(path).testzip():
@@ -469,7 +480,7 @@ def newest_intact(folder, verify=False):
         try:
             load_checkpoint(path, verify)
             return path
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:     # damaged, or dropped meanwhile
             print(f"warning: {error}; passed over")
     if paths:
         raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
@@ -495,15 +506,13 @@ def load_model(path, device="cpu", ema=True):
     .safetensors.  Float32 weights, each checked to be finite.
     """
     path = find_checkpoint(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
     state = read_file(path)
     if isinstance(state, dict) and "config" in state:
-        weights, config, info = read_ours(path, ema)
+        weights, config, info = read_ours(path, state, ema)
     else:
         weights, config, info = read_release(path, state, ema)
-    with torch.device("meta"):                               # shapes alone, no memory
-        model = DiP(config)
+    with torch.device("meta"), in_one_line(f"{path}: its configuration cannot be built"):
+        model = DiP(config)                                  # shapes alone, no memory
     check_fit(path, model, weights)
     weights = {name: weight.to(device, torch.float32, copy=True)
                for name, weight in weights.items()}
@@ -512,16 +521,17 @@ def load_model(path, device="cpu", ema=True):
     return model.eval().requires_grad_(False), info
 
 
-def read_ours(path, ema):
+def read_ours(path, state, ema):
     """(weights, DiPConfig, info) of a checkpoint of train.py, or of weights written from one"""
-    state = load_checkpoint(path, resumable=False)
+    check_types(path, state, CHECKPOINT)
     weights, labels = state["ema"] if ema else state.get("model"), state["classes"] + state["names"]
     if weights is None:
         raise ValueError(f"{path} has the averaged weights alone: leave out --no-ema")
     with in_one_line(f"{path}: its configuration cannot be used"):
+        for field in ("depth", "head_depth"):                # before 2 ** head_depth is computed
+            if state["config"].get(field, 0) > len(weights):
+                raise ValueError(f"{len(weights)} weights for {field}={state['config'][field]}")
         config = DiPConfig(**state["config"])
-        if config.depth > len(weights):                      # before a hostile depth is built
-            raise ValueError(f"{len(weights)} weights for a depth of {config.depth}")
         if len(labels) != 2 * config.num_classes or not all(isinstance(x, str) for x in labels):
             raise ValueError(f"classes and names are not {config.num_classes} texts each")
     return weights, config, {key: value for key, value in state.items()
@@ -536,6 +546,8 @@ def read_release(path, state, ema):
         if any("denoiser." in name for name in weights):
             weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
                        if name.startswith(prefix)}
+        if not weights:
+            raise ValueError(f"no weights named {prefix}*; try {'--no-ema' if ema else '--ema'}")
         config, weights = from_release(weights)
         known = imagenet_names() if config.num_classes == 1000 else {}
         numbers = [f"class {k}" for k in range(config.num_classes)]
@@ -585,8 +597,8 @@ def keep_in_bf16(model):
     """Cast once the weights that autocast casts at every evaluation, all except last layers, which
     run in float32: the same bits in less time."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not name.endswith(
-                ("head.out", "output.linear")):
+        kinds = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
+        if isinstance(module, kinds) and not name.endswith(LAST_LAYERS):
             module.bfloat16()
 
 
@@ -602,9 +614,7 @@ def find_class(query, classes, names):
         return name.lower().replace("_", " ")
 
     found = {i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)}
-    if query.isdecimal():
-        if int(query) >= len(names):
-            raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
+    if query.isdecimal() and int(query) < len(names):
         if found - {int(query)}:
             raise ValueError(f"--class {query} is the index of {classes[int(query)]!r}, and the "
                              f"name of class {min(found - {int(query)})}: give that index")
@@ -614,6 +624,8 @@ def find_class(query, classes, names):
     if found:
         several = ", ".join(map(str, sorted(found)))
         raise ValueError(f"--class {query!r} names several classes: {several}; give an index")
+    if query.isdecimal():
+        raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
     close = difflib.get_close_matches(plain(query), names, 3, 0.4) or names[:5]
     raise ValueError(f"--class {query!r} is unknown; near it: {', '.join(map(repr, close))}; "
                      f"or an index from 0 to {len(names) - 1}")
@@ -671,7 +683,9 @@ class Processes:
 
 def start_processes(device="auto"):
     """This process among its peers, and its device, after joining torchrun's group if any."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    many = "RANK" in os.environ                              # under torchrun
+    rank, world = (int(os.environ[name]) if many else least
+                   for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
@@ -684,7 +698,7 @@ def start_processes(device="auto"):
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if many and not dist.is_initialized():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
@@ -724,15 +738,20 @@ def parse_options(cls, manual, argv=None):
             settings["help"] += f" [{' '.join(map(str, default))}]"
         flag = "--" + field.name.strip("_").replace("_", "-")
         group.add_argument(flag, dest=field.name, **settings)
-    return cls(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty: an unset variable? Leave it "
+                             f"out, or name it")
+    return cls(**given)
 
 
 def at_least(minimum, **values):
     """Refuse options that are below their minimum or not finite, by name; None is not given."""
     for name, value in values.items():
         if value is not None and not minimum <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}"
-                             f"{' and finite' * (value == math.inf)}")
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum} "
+                             f"and finite")
 
 
 def progress(items, what, **settings):
@@ -740,26 +759,34 @@ def progress(items, what, **settings):
     return tqdm(items, what, ncols=shutil.get_terminal_size().columns, **settings)
 
 
+def explain(error):
+    """The line that tells the user what to mend, or None for an error that nobody expected."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    from_loader = lines[0].startswith("Caught ")             # its last line is the error itself
+    line = lines[-1].removeprefix("ValueError: ") if from_loader else lines[0]
+    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if exhausted or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return "out of memory; a smaller --micro-batch (training) or --batch (sampling) helps"
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        lost = dist.is_initialized() and re.search("[Cc]onnection (closed|reset)", line)
+        return "another process of this command has ended" if lost else None
+    return line if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
 def run_main(main):
     """Run a command; what the user can mend ends in one line and exit code 1, no traceback."""
-    code = None
     try:
         code = main()
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        line = lines[-1 if lines[0].startswith("Caught ") else 0]    # from a loader process
-        line = line.removeprefix("ValueError: ")
-        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if exhausted or "DefaultCPUAllocator: can't allocate memory" in str(error):
-            line = "out of memory; a smaller --micro-batch (training) or --batch (sampling) helps"
-        elif isinstance(error, RuntimeError):
-            if not (dist.is_initialized() and re.search("[Cc]onnection (closed|reset)", line)):
-                raise
-            line = "another process of this command has ended"
-        traceback.clear_frames(error.__traceback__)          # loader processes end with their frame
-        code = f"{Path(sys.argv[0]).name}: error: {line}"
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        line = explain(error)
+        if line is None and not dist.is_initialized():
+            raise
+        if line is None:
+            traceback.print_exc()
+        traceback.clear_frames(error.__traceback__)          # loader processes end with their frame
+        code = f"{Path(sys.argv[0]).name}: error: {line or 'unexpected, see above'}"
     if dist.is_initialized():        # leave at once: a group that has lost a member may hang in its
         if not code:                 # teardown, and gloo's threads may abort Python's
             dist.destroy_process_group()
@@ -810,11 +837,16 @@ class SampleOptions:
     def __post_init__(self):
         at_least(1, num=self.num, steps=self.steps, batch=self.batch)
         at_least(0, num_samples=self.num_samples, cfg=self.cfg)
+        for side in self.size:
+            at_least(1, size=side)
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"--interval {low} {high} must have 0 <= LOW <= HIGH <= 1")
         if not 0 < self.time_shift < math.inf:
             raise ValueError(f"--time-shift {self.time_shift} must be above 0 and finite")
+        if (self.num or 8) * (len(self.class_) or 10) > 10_000:
+            raise ValueError(f"--num {self.num}: a picture of more than 10,000 images; "
+                             f"--num-samples exports as many as you like")
         if self.num_samples and (self.class_ or self.num is not None or self.trajectory):
             raise ValueError("--num-samples takes the classes in turn; "
                              "leave out --class, --num and --trajectory")
@@ -850,12 +882,10 @@ def main():
         check_multiple("--size", side, model.config.patch_size, "patch_size")
     names = info["names"]
     options.class_ = [find_class(query, info["classes"], names) for query in options.class_]
-    if (options.num or 8) * (len(options.class_) or 10) > 10_000:
-        raise ValueError(f"--num {options.num}: a picture of more than 10,000 images; "
-                         f"--num-samples exports as many as you like")
     if options.save_weights:
         write_weights(options.save_weights, model, info)
-        return print(f"wrote {options.save_weights}: weights of {options.ckpt} as bfloat16")
+        print(f"wrote {options.save_weights}: weights of {options.ckpt} as bfloat16")
+        return
     if processes.device.type == "cuda":
         keep_in_bf16(model)
     if options.compile:

@@ -98,9 +98,6 @@ class TrainOptions:
     grad_checkpoint: bool = option(False, "recompute activations: less memory, more time")
 
     def __post_init__(self):
-        for field in ("data", "model", "init", "repa", "out"):
-            if getattr(self, field) == "":
-                raise ValueError(f"--{field} is empty: an unset variable? Leave it out, or name it")
         at_least(1, image_size=self.image_size, steps=self.steps, batch_size=self.batch_size,
                  micro_batch=self.micro_batch, log_every=self.log_every, keep=self.keep,
                  save_every=self.save_every)
@@ -185,6 +182,8 @@ def choose_micro_batch(options, config, processes):
     dtype = torch.bfloat16 if processes.device.type == "cuda" else None
     free = free_memory(processes.device)
     fixed, per_image = memory_needed(config, dtype, options.grad_checkpoint)
+    if processes.device.type == "cuda" and options.micro_batch:
+        return                       # an estimate; and torch ends in one line there
     candidates = [options.micro_batch] if options.micro_batch else [
         n for n in range(min(part, 32), 0, -1) if part % n == 0]
     fitting = [n for n in candidates if fixed + n * per_image < free]
@@ -211,9 +210,11 @@ def memory_needed(config, dtype=None, grad_checkpoint=False):
             return tensor
 
         x = torch.empty(B, 3, config.image_size, config.image_size)
+        features = torch.empty(B, config.repa_dim, 1, 1) if config.repa_dim else None
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            flow_matching_loss(model, x, torch.zeros(B, dtype=torch.long), torch.ones(B), x)
-        return sum(sizes.values())
+            flow_matching_loss(model, x, torch.zeros(B, dtype=torch.long), torch.ones(B), x,
+                               features)
+        return sum(sizes.values())   # weights among them, and their casts
 
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         model = DiP(config)
@@ -233,7 +234,7 @@ def free_memory(device):
     try:
         text = Path("/proc/meminfo").read_text()
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
-        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # its ranks have equal parts
     except (OSError, TypeError):
         return math.inf
 
@@ -297,8 +298,8 @@ def load_examples(options, data, processes, first_step):
 
 
 def outlive_signals(worker):
-    """In a loader process: who is signalled along with its parent goes on serving it.  A second
-    SIGTERM is the parent's own, at its end."""
+    """In a loader process: Ctrl-C and SIGTERM often reach the whole process group; the loaders
+    ignore the first, and end with the second SIGTERM, which is their parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
@@ -376,27 +377,27 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
         done, last = step + 1, step + 1 == options.steps
         log = last or done % options.log_every == 0
         sample = options.sample_every and (last or done % options.sample_every == 0)
-        save = last or (stop or done % options.save_every == 0) and not skipped
+        save = last or stop or done % options.save_every == 0 and not skipped
         if log or save:
             unlogged = processes.reduce(unlogged) * (rank == 0)  # rank 0 keeps what all have seen
         if log:
             refuse_bad_files((data, val_data), processes)
-        if log and unlogged.any():
+        if rank == 0 and log and unlogged.any():
             speed = (done - since) * options.batch_size / (time.time() - clock)
             write_log(out, step=done, **mean_losses(unlogged), lr=lr, images_per_s=round(speed, 1),
                       grad_norm=norm)
             bar.set_postfix_str(f"loss {mean_losses(unlogged)['loss']:.4f}, {speed:.0f} images/s")
             unlogged, since, clock = torch.zeros_like(unlogged), done, time.time()
-        if rank == 0 and sample:
-            look(out, done, ema, data, val_data, options, signals)
-        if rank == 0 and save:
+        if rank == 0 and save:                               # before pictures, which may fail
             write_checkpoint(
                 out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
                 optimizer=optimizer.state_dict(), step=done, unlogged=unlogged,
                 config=asdict(config), options=asdict(options), images=len(data),
                 classes=data.classes, names=data.names)
+        if rank == 0 and sample:
+            look(out, done, ema, data, val_data, options, signals)
         if sample or save:
-            since, clock = done, time.time()                 # which are no training
+            since, clock = done, time.time()                 # neither is training
         if stop:
             processes.barrier()                              # nobody leaves before it is saved
             break
@@ -412,6 +413,7 @@ def prepare(model, options, processes):
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     if processes.world == 1:
         return model
+    # large buckets: small ones would cut a compiled graph into many
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
@@ -425,9 +427,6 @@ def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
     torch.manual_seed(options.seed)                          # the same weights on every rank
     model = build(config).to(device)
     path = processes.on_first(newest_intact, out, True)
-    if initial and path and rank == 0:
-        print(f"--init {options.init} is not used: {out} has checkpoints, and the run goes on "
-              f"from them; choose another --out for a new one")
     if initial and not path:
         start_from(initial, model, options.init, rank)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -455,16 +454,17 @@ def start_from(initial, model, path, rank):
             print(f"--init {path} has {len(weights[name]) - 1} classes: a new label table for "
                   f"{rows - 1}, which keeps the null class")
         weights[name] = table
-    for key in set(weights) ^ set(fresh):
-        if key.startswith("repa_projector."):
-            weights.pop(key, None) if key in weights else weights.update({key: fresh[key]})
+    weights = {key: weight for key, weight in weights.items() if key in fresh
+               or not key.startswith("repa_projector.")}
+    weights |= {key: weight for key, weight in fresh.items() if key not in weights
+                and key.startswith("repa_projector.")}
     check_fit(path, model, weights)
     model.load_state_dict(weights)
 
 
 def identity(config, options, classes, images):
-    """What makes two runs the same: each of these settings decides what a step computes."""
-    fields = "seed", "batch_size", "time_mean", "label_dropout", "ema"
+    """What may not change when a run is resumed."""
+    fields = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
     return {**config, **{"--" + field.replace("_", "-"): options.get(field) for field in fields},
             "the classes": classes, "the number of images": images}
 
@@ -489,10 +489,13 @@ def resume(path, options, config, data, model, ema, optimizer, rank):
         unlogged = torch.zeros(3, TIME_BINS)
         if rank == 0:                        # which keeps what all have seen
             unlogged.copy_(state["unlogged"])
-    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data", "repa"):      # may change
+    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data"):      # may change
         then, now = state["options"].get(field), getattr(options, field)
         if then != now and rank == 0:
             print(f"changed since the checkpoint: --{field} {then} -> {now}")
+    if options.init and options.init != state["options"].get("init") and rank == 0:
+        print(f"--init {options.init} is not used: the run continues from {path}; choose another "
+              f"--out for a new one")
     if rank == 0:
         print(f"resumed at step {state['step']}")
     return state["step"], unlogged
@@ -510,22 +513,20 @@ def remove_leftovers(out, step):
 @contextmanager
 def locked(out):
     """Inside, this process alone writes into the folder.  A lock of the system, which ends with the
-    process, however it ends."""
+    process, however it ends; loader processes do not inherit it."""
     try:
         import fcntl
     except ImportError:                                      # no such lock on Windows
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
+                             f"choose another --out") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"--out {out}: another run is writing there; wait for its end, or choose "
-                         f"another --out") from None
-    finally:
-        os.close(folder)
 
 
 @contextmanager
@@ -559,7 +560,8 @@ def by_time(t, flow, repa):
 def mean_losses(sums, prefix=""):
     """What by_time() added up as a line of the log: means over all images, and over each tenth."""
     flow, repa, count = sums.sum(1).tolist()
-    tenths = [round(total / n, 6) if n else None for total, _, n in sums.T.tolist()]
+    tenths = [round(total / n, 6) if n and math.isfinite(total) else None      # JSON has no NaN
+              for total, _, n in sums.T.tolist()]
     aligned = {f"{prefix}repa": repa / count} if repa else {}
     return {f"{prefix}loss": flow / count, **aligned, f"{prefix}loss_by_t": tenths}
 
@@ -593,7 +595,8 @@ def write_pictures(out, step, ema, data, val_data, options, signals=()):
     device = next(ema.parameters()).device
     try:
         if val_data:
-            losses = validate(ema, Examples(val_data, 0, "val"), device, signals=signals)
+            losses = validate(ema, Examples(val_data, 0, "val"), device,
+                              min(50, options.micro_batch or 50), signals=signals)
             write_log(out, step=step, **mean_losses(losses, "val_"))
         write_samples(out, step, ema, data.names, options.seed, signals)
     except Interrupted:
@@ -741,17 +744,22 @@ class FolderData:
         self.root, self.size = Path(root), size
         if not self.root.is_dir():
             raise ValueError(f"--data {root} is not a folder")
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
-        files = {folder.name: list_images(folder) for folder in folders}
-        if not any(files.values()):          # no classes: unconditional training
-            files = {self.root.resolve().name: list_images(self.root)}
+        inside = sorted(path for path in self.root.iterdir() if path.name[0] != ".")
+        files = {path.name: list_images(path) for path in inside if path.is_dir()}
+        loose = [str(path) for path in inside if path.suffix.lower() in ENDINGS]
         empty = [name for name in files if not files[name]]
-        if len(empty) == len(files):
+        if not loose and len(empty) == len(files):
             raise ValueError(f"--data {root} has no images below it; "
                              f"endings that are read: {' '.join(sorted(ENDINGS))}")
+        if loose and files:
+            raise ValueError(f"--data {root} has images beside class folders: {loose[0]}, "
+                             f"{inside[0].name}/; move one or the other")
         if empty:
             raise ValueError(f"--data {root}: class folders without images: "
                              f"{', '.join(empty[:5])}; remove them, they would shift the labels")
+        if loose:                            # no classes: unconditional training
+            named = self.root.resolve()      # DIR/train and DIR/val are both of class DIR
+            files = {(named.parent if named.name in SPLITS else named).name: loose}
         self.classes = list(files)
         self.files = [file for name in files for file in files[name]]
         self.labels = [label for label, name in enumerate(files) for _ in files[name]]
@@ -792,6 +800,9 @@ def refuse_bad_files(datasets, processes):
             raise data.too_many_bad(bad)
 
 
+SPLITS = "train", "val", "test"
+
+
 def open_data(data, size):
     """(training set, validation set or None): DIR/train and DIR/val if there, else DIR itself."""
     if data is None:
@@ -802,6 +813,11 @@ def open_data(data, size):
             raise ValueError(f"--data {data} has val/ but no train/; give {val} itself to train "
                              f"on it")
         return FolderData(data, size), None
+    others = sorted(path.name for path in Path(data).iterdir()
+                    if path.is_dir() and path.name[0] != "." and path.name not in SPLITS)
+    if others:
+        raise ValueError(f"--data {data} has train/ beside {', '.join(others[:3])}: a class or "
+                         f"a split? Rename it, or move the others")
     training = FolderData(train, size)
     if not val.is_dir():
         return training, None
@@ -933,17 +949,22 @@ def main():
     if processes.rank == 0:
         announce(options, config, data, processes)
     out, weights = Path(options.out), initial and initial[0].state_dict()
-    with locked(out) if processes.rank == 0 else nullcontext(), noted_signals() as signals:
-        _, done = fit(options, config, data, val_data, processes, encoder, signals, initial=weights)
+    with locked(out) if processes.rank == 0 else nullcontext():
+        with noted_signals() as signals:
+            _, done = fit(options, config, data, val_data, processes, encoder, signals,
+                          initial=weights)
+    code = 128 + max(signals, default=signal.SIGTERM) if done < options.steps else 0
     if processes.rank > 0:
-        return 128 + max(signals, default=signal.SIGTERM) if done < options.steps else 0
-    if done < options.steps:
+        return code                                          # as a shell counts
+    if code:
         print(f"stopped by a signal after step {done}; the same command continues from "
               f"{newest_up_to(out, done) or 'the beginning'}")
-        return 128 + max(signals, default=signal.SIGTERM)    # as a shell counts
-    ckpt = "" if out.parts[0] == "runs" else f" --ckpt {shlex.quote(str(out))}"
-    samples = f"{out}/samples-{done:08d}.png and " if options.sample_every else ""
-    print(f"done: look at {samples}{out}/loss.png; next:\n"
+        return code
+    ckpt = "" if out.parts[:1] == ("runs",) else f" --ckpt {shlex.quote(str(out))}"
+    pictures = [path for path in (out / f"samples-{done:08d}.png", out / "loss.png")
+                if path.exists()]
+    look = f": look at {' and '.join(map(str, pictures))}" if pictures else ""
+    print(f"done{look}; next:\n"
           f"    python sample.py{ckpt} --class {shlex.quote(data.names[0])}")
 
 
