@@ -551,10 +551,10 @@ def from_release(weights):
     order = torch.arange(d).view(d // 4, 4)[:, [2, 0, 3, 1]].T.flatten()     # (d,)
     for name in [name for name in ours if ".attention." in name]:
         if "norm" in name:
-            ours[name] = ours[name][order]
+            ours[name] = ours[name].unflatten(0, (1, d))[0, order]           # (d,)
         if "qkv" in name:
-            q, k, v = ours[name].view(3, D // d, d, D)                       # (heads, d, D) each
-            ours[name] = torch.cat([q[:, order], k[:, order], v]).reshape(3 * D, D)
+            q, k, v = ours[name].unflatten(0, (3, D // d, d))                # (heads, d, D) each
+            ours[name] = torch.cat([q[:, order], k[:, order], v]).flatten(0, 1)
     return config, ours
 
 
