@@ -238,8 +238,8 @@ def coordinate(w, x, s):
         basis = [math.cos(math.pi * a * (i + 0.5) / P) * math.cos(math.pi * b * (j + 0.5) / P)
                  for a in range(8) for b in range(8)]
         h = linear(part(w, "embed"), np.concatenate([x[:, i, j], basis]))
-        for k in range(count(w, "writers")):
-            written = linear(part(w, f"writers.{k}"), s[:, 0, 0])
+        for k in range(count(w, "generators")):
+            written = linear(part(w, f"generators.{k}"), s[:, 0, 0])
             w1 = written[:2 * C * C].reshape(C, 2 * C)
             w2 = written[2 * C * C:].reshape(2 * C, C)
             w1 = w1 / np.sqrt((w1**2).sum(axis=0))       # every column has length 1

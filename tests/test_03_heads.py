@@ -176,7 +176,7 @@ def test_the_head_has_the_depth_and_width_it_is_told():
 
 
 @pytest.mark.parametrize("head, layers, default", [
-    ("mlp", "layers", (1280, 2)), ("coordinate", "writers", (64, 4)),
+    ("mlp", "layers", (1280, 2)), ("coordinate", "generators", (64, 4)),
     ("attention", "blocks", (64, 10))])
 def test_the_other_heads_have_the_depth_and_width_they_are_told(head, layers, default):
     """Forbids head_depth or head_width ignored: 0 alone stands for the head's own default."""
