@@ -1,9 +1,16 @@
-"""Commands as a user types them, run in this process or in others, and what they left behind."""
+"""Commands as a user types them: in this process, or in processes of their own; and what they
+leave behind."""
 
+import ctypes
+import importlib
+import multiprocessing
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +21,7 @@ from sample import Processes, find_checkpoint, run_main
 ROOT = Path(__file__).parents[1]
 TINY = """--model DiP-Nano/16 --set hidden_size=16 depth=2 num_heads=2 head_depth=2 head_width=4
     patch_size=4 --image-size 16 --batch-size 4 --lr 1e-3 --warmup 0 --cooldown 0 --time-mean 0
-    --device cpu"""
+    --sample-every 0 --device cpu"""
 
 
 def run(monkeypatch, module, *words):
@@ -24,8 +31,8 @@ def run(monkeypatch, module, *words):
     return module.main()
 
 
-def complaint(monkeypatch, module, *words):
-    """The one line that a command ends in."""
+def error_line(monkeypatch, module, *words):
+    """The one line in which a command ends that its user has to correct."""
     with pytest.raises(SystemExit) as ended:
         run_main(lambda: run(monkeypatch, module, *words))
     line = ended.value.code
@@ -34,8 +41,11 @@ def complaint(monkeypatch, module, *words):
     return line
 
 
+# --- processes of their own -----------------------------------------------------------------------
+
+
 def launch(script, *words, processes=1, agent=None, **settings):
-    """`python script words`, or the same under torchrun, going on by itself: a subprocess.Popen."""
+    """`python script words`, or the same under torchrun, in the background: a subprocess.Popen."""
     agent = agent or "--standalone" * (processes > 1)
     start = f"-m torch.distributed.run {agent} --nproc_per_node={processes}" if agent else ""
     command = shlex.split(" ".join(map(str, (start, ROOT / script, *words))))
@@ -44,11 +54,74 @@ def launch(script, *words, processes=1, agent=None, **settings):
                             stderr=subprocess.PIPE, text=True, **settings)
 
 
-def torchrun(processes, script, *words, cwd):
-    """`torchrun --nproc_per_node=processes script words`, in folder cwd, to its good end."""
-    process = launch(script, *words, processes=processes, cwd=cwd)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+class Background:
+    """`python module.py words` in the background, as rank `rank` of `world`.
+
+    The process is forked from a server that has imported torch already, which saves two seconds.
+    """
+
+    server = None
+
+    def __init__(self, module, *words, rank=0, world=1, port=0, cwd=".", first=None):
+        if Background.server is None:
+            with pytest.MonkeyPatch.context() as patch:      # where the server finds the modules
+                patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+                Background.server = multiprocessing.get_context("forkserver")
+                Background.server.set_forkserver_preload(["commands", "planted"])
+                Background.server.Process(target=int).start()
+        self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
+        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost",
+                     MASTER_PORT=port) if world > 1 else {}
+        self.process = Background.server.Process(target=in_background, args=(
+            module, shlex.split(" ".join(map(str, words))), [file.name for file in self.files],
+            {name: str(value) for name, value in ranks.items()}, str(cwd), first))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def is_alive(self):
+        return self.process.is_alive()
+
+    def end(self, seconds=120):
+        """Wait for its end; returns its exit code and the texts of stdout and stderr."""
+        self.process.join(seconds)
+        assert not self.is_alive(), f"still running after {seconds} s: {self.texts()}"
+        return self.process.exitcode, *self.texts()
+
+    def texts(self):
+        return [Path(file.name).read_text() for file in self.files]
+
+
+def in_background(module, words, files, ranks, cwd, first):
+    """What a Background process does: it has its own session, as under a cluster's scheduler."""
+    os.setsid()
+    if sys.platform == "linux":                              # do not outlive the tests: 1 is
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
+    multiprocessing.set_start_method("fork", force=True)     # for loaders: the default of a command
+    for number, name in enumerate(files, start=1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    os.environ.update(ranks, OMP_NUM_THREADS="1")
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    if first:
+        first()
+    sys.argv = [f"{module}.py", *words]
+    run_main(importlib.import_module(module).main)
+
+
+def run_ranks(world, module, *words, cwd="."):
+    """The processes that torchrun would start on one machine, in the background."""
+    port = free_port()
+    return [Background(module, *words, rank=rank, world=world, port=port, cwd=cwd)
+            for rank in range(world)]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+# --- what they leave behind -----------------------------------------------------------------------
 
 
 def checkpoint(folder):
@@ -61,22 +134,23 @@ def alone(device="cpu"):
     return Processes(rank=0, world=1, device=torch.device(device))
 
 
-def flat(tree):
-    """All tensors and numbers in a nested dict, by path."""
-    if isinstance(tree, dict):
-        return {
-            f"{key}.{path}": leaf for key, sub in tree.items() for path, leaf in flat(sub).items()
-        }
+def leaves(tree, name=""):
+    """(name, value) of everything in nested dicts and lists that is neither."""
     if isinstance(tree, (list, tuple)):
-        return flat(dict(enumerate(tree)))
-    return {"": tree}
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return [(name, tree)]
+    return [leaf for key in tree for leaf in leaves(tree[key], f"{name}.{key}")]
 
 
-def assert_same(a, b, **tolerance):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        if torch.is_tensor(a[path]):
-            torch.testing.assert_close(
-                a[path], b[path], msg=lambda text: f"{path}: {text}", **tolerance
-            )
+def assert_same_state(one, other, keys, atol=0):
+    """Two checkpoints have the same tensors and numbers under these keys; atol 0: bit for bit."""
+    for key in keys:
+        a, b = dict(leaves(one[key], key)), dict(leaves(other[key], key))
+        assert a.keys() == b.keys()
+        for name in a:
+            if torch.is_tensor(a[name]):
+                torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol,
+                                           msg=lambda text: f"{name}: {text}")
+            else:
+                assert a[name] == b[name], name

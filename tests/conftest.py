@@ -1,15 +1,17 @@
 import pytest
+import torch
 from commands import TINY, run
 from hypothesis import settings
 
 import train
 
-settings.register_profile("any machine", deadline=None)  # laws are not timed
+torch.set_num_threads(1)                                     # two are slower on a busy machine
+settings.register_profile("any machine", deadline=None)      # laws are not timed
 settings.load_profile("any machine")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_faults.py")
+    parser.addoption("--kills", type=int, default=3, help="how often test_faults.py kills a run")
 
 
 @pytest.fixture
@@ -19,8 +21,18 @@ def kills(request):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of a run: one step is enough to sample from."""
+    """The folder of a run of one step, which is enough to sample from; not to be changed."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         run(patch, train, TINY, "--steps 1 --out", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def twenty(tmp_path_factory):
+    """A command of 20 steps, and the folder of its run: one process, one micro-batch a step."""
+    out = tmp_path_factory.mktemp("runs") / "twenty"
+    command = f"{TINY} --steps 20 --save-every 10 --sample-every 20 --log-every 1"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, train, command, "--out", out)
+    return command, out

@@ -1,34 +1,36 @@
-"""train.py with a number planted in the noise of some examples, under python or torchrun:
+"""train.py whose data are spoilt: in some examples, one value of the noise is not what it was.
 
-    python planted.py nan 9 10 -- TRAIN-OPTIONS
+    python planted.py nan 9 10 -- OPTIONS OF TRAIN.PY         # NaN in examples 9 and 10
 """
 
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample
 import train
 
+draw_batch = train.Examples.on_device
+
 
 def main():
-    split = sys.argv.index("--")
-    value, examples = float(sys.argv[1]), set(map(int, sys.argv[2:split]))
-    del sys.argv[1 : split + 1]
-    honest = train.Examples.on_device
+    end = sys.argv.index("--")
+    value, spoilt = float(sys.argv[1]), [int(word) for word in sys.argv[2:end]]
+    sys.argv = [sys.argv[0], *sys.argv[end + 1:]]
 
-    def planted(self, batch, device):
-        x_0, y, noise, z, u = honest(self, batch, device)
-        for row, k in zip(noise, batch[-1].tolist()):
-            if k in examples and self.purpose == "train":
-                row[0, 0, 0] = value
+    def draw_spoilt_batch(examples, batch, device):
+        x_0, y, noise, z, u = draw_batch(examples, batch, device)
+        positions = batch[-1].tolist()
+        for row, k in enumerate(positions):
+            if k in spoilt and examples.purpose == "train":
+                noise[row, 0, 0, 0] = value
         return x_0, y, noise, z, u
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Examples, "on_device", planted)
+    train.Examples.on_device = draw_spoilt_batch
+    try:
         return train.main()
+    finally:
+        train.Examples.on_device = draw_batch
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+"""
+Sampling and training as one would write them down on paper: slow, on plain numbers or one image at
+a time, and sharing no code with sample.py and train.py.  Read them beside the fast versions.
+
+A velocity field is a function v(x, t); t falls from 1, noise, to 0, data.
+"""
+
+import copy
+import math
+
+import torch
+
+# -------------------------------------------------------------------------------------------------
+# Samplers, on one number x
+
+
+def time_grid(steps, shift):
+    """Even times t = 1 - k/n, each moved towards 1 by t -> s t / (1 + (s - 1) t)."""
+    times = []
+    for k in range(steps + 1):
+        t = 1 - k / steps
+        times.append(shift * t / (1 + (shift - 1) * t))
+    return times
+
+
+def euler(v, x, times):
+    """Follow the tangent."""
+    for i in range(len(times) - 1):
+        x = x - (times[i] - times[i + 1]) * v(x, times[i])
+    return x
+
+
+def heun(v, x, times):
+    """Follow the tangent, look at the slope there, come back, and take the mean of both."""
+    for i in range(len(times) - 1):
+        h = times[i] - times[i + 1]
+        there = x - h * v(x, times[i])
+        x = x - h * 0.5 * v(x, times[i]) - h * 0.5 * v(there, times[i + 1])
+    return x
+
+
+def adams_bashforth(v, x, times):
+    """Integrate the straight line through the last two velocities, wherever their times are.
+
+    The line is a + b (t - t_i).  Its integral from t_i to t_i - h is  -a h + b h^2 / 2.
+    """
+    x_before = x
+    x = x - (times[0] - times[1]) * v(x, times[0])           # nothing before it: Euler
+    for i in range(1, len(times) - 1):
+        a = v(x, times[i])
+        b = (v(x_before, times[i - 1]) - a) / (times[i - 1] - times[i])
+        h = times[i] - times[i + 1]
+        x_before, x = x, x - a * h + b * h**2 / 2
+    return x
+
+
+def euler_maruyama(v, x, times, normals):
+    """dx = [v - w/2 score] dt + sqrt(w) dW backwards in time, with w(t) = t, and
+
+        score = -eps/t,    eps = x + (1 - t) v    (of x = (1 - t) x_0 + t eps, v = eps - x_0)
+
+    so that -w/2 score = eps/2.  Over h of time the noise has the variance w h = t h.
+    """
+    for i in range(len(times) - 1):
+        t, h = times[i], times[i] - times[i + 1]
+        velocity = v(x, t)
+        if times[i + 1] == 0:
+            return x - h * velocity
+        eps = x + (1 - t) * velocity
+        score = -eps / t
+        x = x - h * (velocity - t / 2 * score) + math.sqrt(t * h) * normals[i]
+    return x
+
+
+# -------------------------------------------------------------------------------------------------
+# Guidance, and one image
+
+
+def guided_velocity(model, x, t, label, scale, interval):
+    """v_0 + scale (v_y - v_0) of one image (3, H, W), for low <= t <= high, both ends included."""
+    def ask(y):
+        return model(x[None], torch.tensor([float(t)]), torch.tensor([y]))[0]
+
+    low, high = interval
+    if t < low or t > high:
+        return ask(label)
+    v_y, v_0 = ask(label), ask(model.config.num_classes)
+    return v_0 + scale * (v_y - v_0)
+
+
+@torch.no_grad()
+def sample(model, label, stream, size, sampler, steps, cfg, interval, shift):
+    """One image by itself; everything random is drawn from the stream, the start first."""
+    def v(x, t):
+        return guided_velocity(model, x, t, label, cfg, interval)
+
+    times, x = time_grid(steps, shift), torch.randn(3, *size, generator=stream)
+    if sampler == "sde":
+        normals = [torch.randn(3, *size, generator=stream) for _ in range(steps - 1)]
+        return euler_maruyama(v, x, times, normals)
+    return {"euler": euler, "heun": heun, "ab2": adams_bashforth}[sampler](v, x, times)
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step, steps, lr, warmup, cooldown):
+    """Of steps 0, 1, ...: 1/(w+1), 2/(w+1), ... of lr, then lr; the last c n steps fall in a line
+    that would reach 0 one step after the end."""
+    rate = lr
+    if step < warmup:
+        rate = lr * (step + 1) / (warmup + 1)
+    left = steps - step
+    if left < cooldown * steps + 1:
+        rate = min(rate, lr * left / (cooldown * steps + 1))
+    return rate
+
+
+def moving_average(values, decay):
+    """Start from values[0], then for each later one, n = 0, 1, ...:  a <- d a + (1 - d) value,
+    where d warms up as (1 + n) / (10 + n) until it is the decay."""
+    average = values[0]
+    for n, value in enumerate(values[1:]):
+        d = min(decay, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * value
+    return average
+
+
+class Adam:
+    """Adam with beta = 0.9, 0.999 and no weight decay, by its formulas."""
+
+    def __init__(self, weights):
+        self.m = [torch.zeros_like(w) for w in weights]
+        self.v = [torch.zeros_like(w) for w in weights]
+        self.n = 0
+
+    def step(self, weights, gradients, lr):
+        self.n += 1
+        for w, g, m, v in zip(weights, gradients, self.m, self.v):
+            m.copy_(0.9 * m + 0.1 * g)
+            v.copy_(0.999 * v + 0.001 * g**2)
+            w -= lr * (m / (1 - 0.9**self.n)) / ((v / (1 - 0.999**self.n)).sqrt() + 1e-8)
+
+
+def example(data, order, k, seed, purpose, stream):
+    """Example k as (x_0, y, noise, z, u), from the streams of (seed, k); training images are
+    flipped by a coin."""
+    pixels, label = data[order[k]]
+    numbers = stream(seed, purpose, k)
+    z, (u, coin) = torch.randn((), generator=numbers), torch.rand(2, generator=numbers)
+    x_0 = torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1
+    if purpose == "train" and coin < 0.5:
+        x_0 = x_0.flip(2)
+    noise = torch.randn(3, *x_0.shape[1:], generator=stream(seed, purpose, k, "noise"))
+    return x_0, label, noise, z, u
+
+
+def image_loss(model, x_0, y, noise, t, features=None):
+    """Eq. (5) of one image, and REPA's 1 - cosine in the mean over its patches, if asked for."""
+    x_t = (1 - t) * x_0 + t * noise
+    if features is None:
+        v, repa = model(x_t[None], t[None], torch.tensor([y])), torch.zeros(())
+    else:
+        v, tokens = model(x_t[None], t[None], torch.tensor([y]), align=True)
+        dot = (tokens[0] * features).sum(0)
+        repa = (1 - dot / (tokens[0].norm(dim=0) * features.norm(dim=0))).mean()
+    return ((v[0] - (noise - x_0)) ** 2).mean(), repa
+
+
+def fit(model, data, order, options, stream, encoder=None, repa_weight=0.5):
+    """The training of train.py, one image at a time: (average of the weights, lines of the log)."""
+    weights = list(model.parameters())
+    ema, adam, log = copy.deepcopy(model), Adam(weights), []
+    for step in range(options.steps):
+        total = flow_total = 0
+        for k in range(step * options.batch_size, (step + 1) * options.batch_size):
+            x_0, y, noise, z, u = example(data, order, k, options.seed, "train", stream)
+            y = model.config.num_classes if u < options.label_dropout else y
+            t = 1 / (1 + torch.exp(-(z + options.time_mean)))
+            flow, repa = image_loss(model, x_0, y, noise, t, encoder and encoder(x_0[None])[0])
+            total, flow_total = total + flow + repa_weight * repa, flow_total + flow.item()
+        gradients = torch.autograd.grad(total / options.batch_size, weights)
+        norm = math.sqrt(sum((g.double() ** 2).sum().item() for g in gradients))
+        if options.clip and norm > options.clip:
+            gradients = [g * (options.clip / norm) for g in gradients]
+        lr = learning_rate(step, options.steps, options.lr, options.warmup, options.cooldown)
+        with torch.no_grad():
+            adam.step(weights, gradients, lr)
+            decay = min(options.ema, (1 + step) / (10 + step))
+            for average, weight in zip(ema.parameters(), weights):
+                average.copy_(decay * average + (1 - decay) * weight)
+        log.append(dict(step=step + 1, loss=flow_total / options.batch_size, lr=lr, grad_norm=norm))
+    return ema, log
+
+
+@torch.no_grad()
+def validation_loss(model, data, order, stream):
+    """The mean of Eq. (5) over all validation images as they are, with label, one fixed noise and
+    time each; logit t ~ N(0, 1)."""
+    losses = []
+    for k in range(len(data)):
+        x_0, y, noise, z, _ = example(data, order, k, 0, "val", stream)
+        losses.append(image_loss(model, x_0, y, noise, 1 / (1 + torch.exp(-z)))[0].item())
+    return sum(losses) / len(losses)
