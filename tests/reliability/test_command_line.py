@@ -230,7 +230,7 @@ def with_weights(change):
     (lambda path, _: path.touch(), "is not a checkpoint, or not all of it is there"),
     (lambda path, _: torch.save({"config": {}}, path), "it has no ema, step, classes, names, opti"),
     (lambda path, _: torch.save([1, 2], path), "neither a checkpoint of train.py nor weights of a"),
-    (lambda path, _: torch.save({"w": torch.ones(2)}, path), "not the weights of a released DiP: "),
+    (lambda path, _: torch.save({"w": torch.ones(2)}, path), "nor weights of a released DiP"),
     (lambda path, _: torch.save(Hostile(), path), "exec) and may run code when opened; if you trust "
                                                   "it: python -c "),
     (changed(classes=["one"]), "classes and names are not 10 texts each"),
