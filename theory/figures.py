@@ -12,8 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from theory.claims import (BASES, NORM_TIMES, mean_error, operator_norms, relative,
-                           token_costs)
+from theory.claims import BASES, NORM_TIMES, mean_error, token_costs
 from theory.model import GaussianModel, cost_passed_on, cost_unseen, image_decay
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -38,7 +37,8 @@ def draw_token():
     """Section 1 and 7: a frequency that is missing, and a token that is too narrow."""
     figure, (left, right) = new_figure()
     lam = np.logspace(-5, 1, 200)
-    for t, colour in ((0.3, ORANGE), (0.6, BLUE), (0.9, GREEN)):
+    colours = (0.1, PINK), (0.3, ORANGE), (0.9, GREEN)
+    for t, colour in colours:
         left.plot(lam, cost_unseen(lam, t), color=colour, linewidth=2, label=f"t = {t}")
         left.plot(lam, cost_passed_on(lam, t), color=colour, linewidth=2, linestyle=":")
     left.plot([], [], color=GREY, label="not seen")
@@ -48,16 +48,16 @@ def draw_token():
              ylabel="squared error added", title="One frequency that is missing")
     left.legend(fontsize=8, loc="upper left")
     widths = np.arange(0, 49)
-    for how, label, style in (("v", "v predicted", "-"), ("x", "x predicted", ":"),
-                              ("head", "v, linear head\nbeside noisy pixels", "--")):
-        for t, colour in ((0.1, PINK), (0.3, ORANGE), (0.9, GREEN)):
+    for how, label, style in (("v", "v from the token", "-"), ("x", "$x_0$ from the token", ":"),
+                              ("skip", "v, linear skip", "--")):
+        for t, colour in colours:
             costs = [token_costs(int(k), t)[how] for k in widths]
             right.plot(widths, costs, color=colour, linestyle=style, linewidth=2)
         right.plot([], [], color=GREY, linestyle=style, label=label)
-    for t, colour in ((0.1, PINK), (0.3, ORANGE), (0.9, GREEN)):
+    for t, colour in colours:
         right.plot([], [], color=colour, label=f"t = {t}")
     right.set(yscale="log", ylim=(1e-5, 1e2), xlabel="dimensions of a token, for a patch of 48",
-              ylabel="least squared error added, a coefficient", title="A token that is narrow")
+              ylabel="least squared error added, per value", title="A token that is narrow")
     right.legend(fontsize=8, ncols=2, loc="upper right")
     save(figure, "token")
 
@@ -67,7 +67,7 @@ def draw_errors():
     times = np.linspace(0.05, 0.95, 19)
     figure, panels = new_figure(sharey=True)
     lam = image_decay(64, 2.0)
-    for axes, r in zip(panels, (16, 1)):
+    for axes, r in zip(panels, (16, 4)):
         best = [mean_error(BASES["DCT"], lam, r, t, "DiP") for t in times]
         for who, label, colour, style in (
             ("patch", "own patch alone", GREY, "-."),
@@ -85,59 +85,32 @@ def draw_errors():
     save(figure, "errors")
 
 
-def draw_expansion():
-    """Section 6: Eq. (15) against the exact operator, and where the expansion is one."""
-    U, pixels = BASES["DCT"]
-    times = np.linspace(0.02, 0.98, 97)
-    models = [GaussianModel(U, image_decay(64, 2.0), pixels[4], 16, t) for t in times]
-    figure, (left, right) = new_figure()
-    for label, colour, style, operator in (
-        (r"Eq. (15) as printed, $\lambda_i/t$", ORANGE, "-", lambda m: sum(m.eq15(True))),
-        ("Eq. (15) with $1/t$", BLUE, "--", lambda m: sum(m.eq15(False))),
-        ("and the next term", GREEN, ":", lambda m: sum(m.eq15(False)) + m.next_term),
-    ):
-        left.plot(times, [relative(operator(m), m.dit_operator) for m in models], color=colour,
-                  linestyle=style, label=label, linewidth=2)
-    left.set(yscale="log", ylim=(1e-8, 1e4), xlabel=TIME,
-             ylabel="relative error of DiT's operator")
-    for alpha, colour, style in ((1.5, PINK, "-"), (2.0, BLUE, "--"), (4.0, GREEN, ":")):
-        values = [GaussianModel(U, image_decay(64, alpha), pixels[4], 16, t).smallness
-                  for t in times]
-        right.plot(times, values, color=colour, linestyle=style, linewidth=2,
-                   label=rf"$\alpha = {alpha:g}$")
-    right.axhline(0.1, color=GREY, linewidth=1)
-    right.text(0.98, 0.13, "small below this line", ha="right", color=GREY, size=8)
-    right.set(yscale="log", xlabel=TIME, ylabel=r"norm of $\hat D^{-1} \hat E$")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-    save(figure, "expansion")
-
-
 def draw_norms():
     """Section 6: norms of the exact operators over t."""
     figure, panels = new_figure(sharey=True)
-    names = [(basis, alpha, r) for basis in BASES for alpha in (1.5, 2.0) for r in (4, 16)]
-    for axes, alpha in zip(panels, (1.5, 2.0)):
-        for (basis, its_alpha, r), (dit, dip) in zip(names, operator_norms(image_decay)):
-            if its_alpha == alpha:
-                style = {"DCT": "-", "2-D DCT": "--", "rotation": ":"}[basis]
-                axes.plot(NORM_TIMES, dip, color=BLUE, linestyle=style)
-                axes.plot(NORM_TIMES, dit, color={4: ORANGE, 16: PINK}[r], linestyle=style)
-        axes.set(xscale="log", yscale="log", xlabel=TIME, xlim=(1e-7, 1),
-                 title=rf"$\alpha = {alpha:g}$")
-    for label, colour, style in (
-        ("DiP", BLUE, "-"), ("DiT, 4 of 64 frequencies low", ORANGE, "-"),
-        ("DiT, 16 of 64 low", PINK, "-"), ("DCT", GREY, "-"), ("2-D DCT", GREY, "--"),
-        ("rotation", GREY, ":"),
+    lam = image_decay(64, 2.0)
+    for axes, name, curves in (
+        (panels[0], "DCT", (("DiT, r = 16, border patch", GREEN, "-", 16, 0),
+                            ("DiT, r = 16, middle patch", PINK, "-", 16, 4),
+                            ("DiT, r = 4, middle patch", ORANGE, "-", 4, 4),
+                            ("DiP, middle patch", BLUE, "--", None, 4))),
+        (panels[1], "2-D DCT", (("DiT, r = 16", PINK, "-", 16, 2),
+                                ("DiT, r = 4", ORANGE, "-", 4, 2),
+                                ("DiP", BLUE, "--", None, 2))),
     ):
-        panels[1].plot([], [], color=colour, linestyle=style, label=label)
-    panels[0].set_ylabel("spectral norm of the operator")
-    panels[1].legend(fontsize=8)
+        U, patches = BASES[name]
+        for label, colour, style, r, s in curves:
+            models = [GaussianModel(U, lam, patches[s], r or 4, t) for t in NORM_TIMES]
+            norms = [np.linalg.norm(m.dit_by_gains if r else m.dip_operator, 2) for m in models]
+            axes.plot(NORM_TIMES, norms, color=colour, linestyle=style, linewidth=2, label=label)
+        axes.set(xscale="log", yscale="log", xlabel=TIME, xlim=(1e-7, 1))
+        axes.legend(fontsize=8, loc="upper right")
+    panels[0].set(ylabel="spectral norm of the operator", title="one dimension, patches of 8")
+    panels[1].set(title="two dimensions, patches of 4 x 4")
     save(figure, "norms")
 
 
 def draw():
     draw_token()
     draw_errors()
-    draw_expansion()
     draw_norms()

@@ -1,7 +1,7 @@
 """
 The Gaussian model of Appendix A, in the order of theory/README.md, whose sections are named below.
 
-Letters are the paper's: d dimensions in an image, N patches of p, U (d, d) the orthonormal basis,
+Letters are the paper's: d values in an image, N patches of p, U (d, d) the orthonormal basis,
 lam (d,) the eigenvalues, falling; the first r are "low" frequency; t in (0, 1), where 0 is data and
 1 is noise.  The mean mu is 0 except in `draw_images`: it shifts everything and changes no operator.
 All covariances are exact matrices.  Formulas stand beside references that do not use them: a joint
@@ -94,7 +94,7 @@ def gain_slope(lam, t):
 
 
 def gain_peak(lam):
-    """(t, gain): for lam < 1, where in t the gain is largest, and how large (Exercise 2)."""
+    """(t, gain): for lam < 1, where in t the gain is largest, and how large (exercise 2)."""
     root = np.sqrt(lam)
     return root * (1 + root) / (1 + lam), (1 + lam) / (2 * root)
 
@@ -130,7 +130,7 @@ class GaussianModel:
 
     @property
     def V(self):
-        """(p, d): [v_1, ..., v_d] = P [u_1, ..., u_d]"""
+        """(p, d): P u_i, part of frequency i in patch s; the paper calls it v_i, like a velocity"""
         return self.P @ self.U
 
     @cached_property
@@ -208,10 +208,36 @@ class GaussianModel:
     # Section 6: DiT, Theorem A.6
 
     @property
+    def sigma_hat(self):
+        """Covariance of x-hat_0 = x_low + Q x_high, the image whose noisy version is x-hat_t"""
+        return self.sigma_low + self.Q @ self.sigma_high @ self.Q
+
+    @cached_property
+    def hat_modes(self):
+        """(nu, n): eigenvalues of sigma_hat, falling, and its eigenvectors, columns of n; from a
+        root of it, so that an eigenvalue may be as small as 1e-24 and still have its digits."""
+        low, high, _ = self.R
+        n, root, _ = np.linalg.svd(np.concatenate([low, self.Q @ high], axis=1))
+        return root**2, n
+
+    @property
+    def dit_by_gains(self):
+        """P gain(sigma_hat): each eigenvector of sigma_hat times the gain of its eigenvalue"""
+        nu, n = self.hat_modes
+        return self.P @ n * gain(nu, self.t) @ n.T
+
+    @property
+    def dit_peak(self):
+        """What the norm of DiT's operator reaches over t, at least: along n_i, at the best t, it is
+        |P n_i| times the peak of the gain of nu_i < 1.  Those with nu_i = 0 have P n_i = 0."""
+        nu, n = self.hat_modes
+        here = (nu > 1e-24) & (nu < 1)
+        return (np.linalg.norm(self.P @ n[:, here], axis=0) * gain_peak(nu[here])[1]).max()
+
+    @property
     def M_hat(self):
         """Eq. (14)"""
-        seen = self.sigma_low + self.Q @ self.sigma_high @ self.Q
-        return np.linalg.inv((1 - self.t) ** 2 * seen + self.t**2 * np.eye(self.d))
+        return np.linalg.inv((1 - self.t) ** 2 * self.sigma_hat + self.t**2 * np.eye(self.d))
 
     @property
     def B_hat(self):
@@ -278,22 +304,26 @@ class GaussianModel:
 
     # Section 7: a token of k dimensions
 
+    @property
+    def cov_v(self):
+        """Covariance of v*, DiP's best guess, in patch s: each frequency by itself"""
+        return self.V * cost_unseen(self.lam, self.t) @ self.V.T
+
     def token_costs(self, k, channels=1):
-        """The least that a k-dimensional token adds to the error, a coefficient, when DiP's best
-        guess v* is read from it by W token ("v"), by (x_t - W token) / t ("x"), or by
-        G x_t + W token with the patch's own noisy pixels x_t ("head").
+        """The least that a k-dimensional token adds to the error, per value of the patch, when
+        DiP's best guess v* is read from it by W token ("v"), by (x_t - W token) / t ("x"), or by
+        G x_t + W token with the patch's own noisy pixels x_t ("skip": a linear skip).
 
         W token lies in k dimensions, so what is left keeps at least the smallest eigenvalues of
         its covariance; a token that holds the others attains this.  Channels are independent.
         """
         V, g, t = self.V, self.gains, self.t
         noisy = (1 - t) ** 2 * self.lam + t**2                          # variances of x_t
-        cov_v = V * (g**2 * noisy) @ V.T
         cov_x = V * (((1 - t) * self.lam) ** 2 / noisy) @ V.T           # of E[x_0 | x_t]
         cross = V * (g * noisy) @ V.T
-        cov_rest = cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
+        cov_rest = self.cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
         p, costs = channels * len(V), {}
-        for name, cov in (("v", cov_v), ("x", cov_x / t**2), ("head", cov_rest)):
+        for name, cov in (("v", self.cov_v), ("x", cov_x / t**2), ("skip", cov_rest)):
             rising = np.sort(np.repeat(np.linalg.eigvalsh(cov), channels))
             costs[name] = rising[:max(0, p - k)].sum() / p
         return costs
