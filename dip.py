@@ -420,7 +420,8 @@ class DiP(nn.Module):
         |-----------------------------------------|-----------------------------------------------|
         | patch embedding                         | Xavier uniform, bias 0 (release)              |
         | label table, both weights of time's MLP | N(0, 0.02) (release)                          |
-        | U-Net and MLP heads, last layers too    | He normal by PyTorch's fan-in, bias 0         |
+        | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
+        | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
         | inject_embed, from detail to tokens     | 0: a fresh injection adds nothing             |
         | everything else, adaLN too, unlike DiT  | PyTorch's default, norms 1 (release)          |
         """
@@ -435,6 +436,9 @@ class DiP(nn.Module):
                         nn.init.kaiming_normal_(parameter, nonlinearity="relu")
                     else:
                         nn.init.zeros_(parameter)
+            if isinstance(module, nn.ConvTranspose2d):
+                with torch.no_grad():
+                    module.weight.copy_(torch.eye(len(module.weight))[:, :, None, None])
         if self.inject_after is not None:
             nn.init.zeros_(self.inject_embed.weight)
             nn.init.zeros_(self.inject_embed.bias)
