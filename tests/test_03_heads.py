@@ -328,6 +328,8 @@ RULES = [
     (r"^embed\.weight", "uniform", lambda w: (2 / sum(w.shape)) ** 0.5),                 # Xavier
     (r"^(label|time\.mlp\.[02])\.weight", "normal", lambda w: 0.02),
     (r"head\..*bias of (unet|mlp)$", "constant", lambda w: 0),
+    (r"head\.up\.\d\.weight of unet$", "constant",         # 1 where a channel meets itself
+     lambda w: torch.eye(len(w))[:, :, None, None].expand_as(w).flatten()),
     (r"head\..*weight of (unet|mlp)$", "normal", lambda w: (2 / fan_in(w)) ** 0.5),      # He
     (r"norms?\d?\.", "constant", lambda w: 1),
     (r"", "uniform", lambda w: (3 * fan_in(w)) ** -0.5),      # PyTorch's: within 1 / sqrt(fan in)
