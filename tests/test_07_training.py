@@ -414,9 +414,11 @@ def test_micro_batches_fit_the_memory_or_the_run_refuses(monkeypatch):
     monkeypatch.setattr(train, "free_memory", lambda device: fixed + 9 * per_image)
     train.choose_micro_batch(options, config, alone())
     assert options.micro_batch == 8                          # the largest divisor that fits
-    two = sample.Processes(0, 2, torch.device("cpu"))
-    train.choose_micro_batch(options := TrainOptions(batch_size=12), config, two)
-    assert options.micro_batch == 6                          # of the part of one process
+    monkeypatch.setattr(sample.Processes, "gather", lambda self, mine: [mine, 3][:self.world])
+    for batch_size, expected in ((12, 3), (4, 2)):           # of a process's part, and as its peer
+        two = sample.Processes(0, 2, torch.device("cpu"))
+        train.choose_micro_batch(options := TrainOptions(batch_size=batch_size), config, two)
+        assert options.micro_batch == expected
     options = TrainOptions(batch_size=256, micro_batch=64)
     with pytest.raises(ValueError, match=r"--micro-batch 64 needs about .* GiB, .* GiB are free; "
                                          r"a smaller --micro-batch, --image-size or --model, or "
@@ -746,7 +748,7 @@ def two_classes(tmp_path):
 def test_init_starts_from_the_average_with_a_new_label_table(monkeypatch, trained, tmp_path,
                                                               two_classes, capsys):
     """Of another number of classes only the null class is kept.  Architecture and image size come
-    from the file; the run resumes bit for bit, and says that --init is not used then."""
+    from the file; the run resumes bit for bit, and says so if it is given other weights then."""
     start = []
     fit = train.start_from
     monkeypatch.setattr(train, "start_from", lambda initial, model, *rest: (
@@ -770,10 +772,13 @@ def test_init_starts_from_the_average_with_a_new_label_table(monkeypatch, traine
     run(monkeypatch, train, command, f"--steps 2 --out {tmp_path}/parts")
     assert "is not used" not in capsys.readouterr().out
     run(monkeypatch, train, command, f"--steps 4 --out {tmp_path}/parts")
-    assert f"--init {trained} is not used: {tmp_path}/parts has checkpoints" in (
-        capsys.readouterr().out)
-    assert len(start) == 2                                   # not at the resumed one
+    assert "is not used" not in capsys.readouterr().out      # the run began with it
     assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"), STATE)
+    other = command.replace(str(trained), str(tmp_path / "whole"))
+    run(monkeypatch, train, other, f"--steps 5 --out {tmp_path}/parts")
+    assert f"--init {tmp_path}/whole is not used: the run continues from {tmp_path}/parts/" in (
+        capsys.readouterr().out)
+    assert len(start) == 2                                   # not at the resumed ones
 
 
 def test_init_of_as_many_classes_keeps_the_label_table(monkeypatch, trained, tmp_path, capsys):
