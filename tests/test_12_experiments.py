@@ -1,4 +1,4 @@
-"""Chapter 10: the experiments measure what they say, and their README repeats what they found."""
+"""Chapter 12: the experiments measure what they say, and their README repeats what they found."""
 
 import json
 import re

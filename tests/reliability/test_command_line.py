@@ -231,7 +231,8 @@ def with_weights(change):
     (lambda path, _: torch.save({"config": {}}, path), "it has no ema, step, classes, names, opti"),
     (lambda path, _: torch.save([1, 2], path), "neither a checkpoint of train.py nor weights of a"),
     (lambda path, _: torch.save({"w": torch.ones(2)}, path), "nor weights of a released DiP"),
-    (lambda path, _: torch.save(Hostile(), path), "exec) and may run code when opened; if you trust "
+    (lambda path, _: torch.save(Hostile(), path),
+     "exec) and may run code when opened; if you trust "
                                                   "it: python -c "),
     (changed(classes=["one"]), "classes and names are not 10 texts each"),
     (with_weights(lambda w: w.pop("embed.bias")), "do not fit; missing: embed.bias"),
