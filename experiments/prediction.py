@@ -14,7 +14,7 @@ from sample import run_main
 
 MODELS = {
     "DiT-v": dict(head="none", head_width=0, head_depth=0),
-    "DiT-x": dict(head="none", prediction="x"),
+    "DiT-x": dict(head="none", head_width=0, head_depth=0, prediction="x"),
     "DiP-v": {},
     "DiP-x": dict(prediction="x"),
 }
