@@ -61,8 +61,7 @@ def test_every_option_named_in_the_text_exists():
              for options in (train.TrainOptions, sample.SampleOptions) for field in fields(options)}
     known |= {f"--no-{name[2:]}" for name in known}
     known |= {"--crop", "--save-stats", "--json"}                                # of fid.py
-    known |= {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
-              "--shutdown-timeout", "--local-dir"}                               # of torchrun, hf
+    known |= {"--nproc_per_node", "--shutdown-timeout", "--local-dir"}            # of torchrun, hf
     assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
 
 
