@@ -179,11 +179,12 @@ def choose_micro_batch(options, config, processes):
     if rest or part % (options.micro_batch or 1):
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
                          f"{processes.world} processes x --micro-batch {options.micro_batch or 1}")
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else None
+    on_cuda = processes.device.type == "cuda"
+    if on_cuda and options.micro_batch:
+        return                       # what follows estimates; torch itself ends in one line there
     free = free_memory(processes.device)
-    fixed, per_image = memory_needed(config, dtype, options.grad_checkpoint)
-    if processes.device.type == "cuda" and options.micro_batch:
-        return                       # an estimate; and torch ends in one line there
+    fixed, per_image = memory_needed(config, torch.bfloat16 if on_cuda else None,
+                                     options.grad_checkpoint)
     candidates = [options.micro_batch] if options.micro_batch else [
         n for n in range(min(part, 32), 0, -1) if part % n == 0]
     fitting = [n for n in candidates if fixed + n * per_image < free]

@@ -448,7 +448,8 @@ def test_the_table_of_tokens_is_what_theory_and_trained_networks_give():
     narrow = rows["trained DiT, v, tokens of 32"]
     bound = rows["theory, v from a token of 32"]
     for text, values in (("above its bound by {}", np.subtract(narrow, bound)),
-                         ("the narrow DiP has an excess of {}", rows["trained DiP, v, tokens of 32"])):
+                         ("the narrow DiP has an excess of {}",
+                          rows["trained DiP, v, tokens of 32"])):
         assert text.format(f"{min(values):.3f} to {max(values):.3f}") in WORDS
     assert all(low > 0.5 * high for low, high in zip(bound[1:], narrow[1:]))
     for name, values in rows.items():
