@@ -347,11 +347,10 @@ def accumulate(net, batches, options, config, processes, encoder=None):
 
 def fit(options, config, data, val_data, processes, encoder=None, signals=(), build=DiP, look=None,
         initial=None):
-    """Train from the newest checkpoint in --out, if any, to --steps, or until there is a signal.
+    """Train from the newest checkpoint, or afresh, to --steps or a signal: (EMA model, steps done).
 
-    build(config) makes the fresh model; look(out, step, ema, data, val_data, options, signals) is
-    what happens every --sample-every steps; initial are weights that a new run starts from.
-    Returns the averaged model and the steps it has been trained for.
+    build(config) makes the fresh model, which starts from the weights `initial`, if given;
+    look(out, step, ema, data, val_data, options, signals) is called every --sample-every steps.
     """
     out, rank, look = Path(options.out), processes.rank, look or write_pictures
     model, ema, optimizer, first_step, unlogged = begin_or_resume(options, config, data, processes,
@@ -371,8 +370,7 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
             update_ema(ema, model, step, options.ema)
             unlogged, skipped = unlogged + losses, 0
         else:
-            skipped += 1
-            report_skipped(out, step + 1, skipped, losses, processes)
+            skipped = report_skipped(out, step + 1, skipped + 1, losses, processes)
         optimizer.zero_grad()
 
         done, last = step + 1, step + 1 == options.steps
@@ -385,16 +383,10 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
             refuse_bad_files((data, val_data), processes)
         if rank == 0 and log and unlogged.any():
             speed = (done - since) * options.batch_size / (time.time() - clock)
-            write_log(out, step=done, **mean_losses(unlogged), lr=lr, images_per_s=round(speed, 1),
-                      grad_norm=norm)
-            bar.set_postfix_str(f"loss {mean_losses(unlogged)['loss']:.4f}, {speed:.0f} images/s")
+            log_step(out, bar, done, mean_losses(unlogged), lr, speed, norm)
             unlogged, since, clock = torch.zeros_like(unlogged), done, time.time()
         if rank == 0 and save:                               # before pictures, which may fail
-            write_checkpoint(
-                out, options.keep, model=model.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), step=done, unlogged=unlogged,
-                config=asdict(config), options=asdict(options), images=len(data),
-                classes=data.classes, names=data.names)
+            save_run(options, config, data, model, ema, optimizer, done, unlogged)
         if rank == 0 and sample:
             look(out, done, ema, data, val_data, options, signals)
         if sample or save:
@@ -403,6 +395,20 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
             processes.barrier()                              # nobody leaves before it is saved
             break
     return ema, done
+
+
+def log_step(out, bar, step, losses, lr, speed, norm):
+    """A line of log.jsonl, and what the progress bar says."""
+    write_log(out, step=step, **losses, lr=lr, images_per_s=round(speed, 1), grad_norm=norm)
+    bar.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:.0f} images/s")
+
+
+def save_run(options, config, data, model, ema, optimizer, step, unlogged):
+    """ckpt-<step>.pt: all that resume() and sample.py need."""
+    write_checkpoint(
+        Path(options.out), options.keep, model=model.state_dict(), ema=ema.state_dict(),
+        optimizer=optimizer.state_dict(), step=step, unlogged=unlogged, config=asdict(config),
+        options=asdict(options), images=len(data), classes=data.classes, names=data.names)
 
 
 def prepare(model, options, processes):
@@ -668,7 +674,8 @@ def draw_loss_curve(out, time_mean=0.0):
 
 
 def report_skipped(out, step, skipped, losses, processes):
-    """Say where an update was not finite; end the run after too many in a row."""
+    """Say where an update was not finite; end the run after too many in a row, else return how
+    many there were."""
     flow = processes.reduce(losses)[0].tolist()
     where = [f"{k / TIME_BINS:.1f} to {(k + 1) / TIME_BINS:.1f}" for k in range(TIME_BINS)
              if not math.isfinite(flow[k])]
@@ -680,6 +687,7 @@ def report_skipped(out, step, skipped, losses, processes):
         raise FloatingPointError(
             f"{skipped} updates in a row were not finite, the last at step {step}: {what}; last "
             f"good checkpoint: {newest_up_to(out, step)}; try a lower --lr")
+    return skipped
 
 
 def newest_up_to(out, step):
