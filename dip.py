@@ -1,5 +1,5 @@
 """
-DiP: Taming Diffusion Models in Pixel Space, in one file.
+DiP: Taming Diffusion Models in Pixel Space.  The network, its loss and its presets.
 
 A diffusion transformer cuts the image into large patches, one token each, and decides what goes
 where.  A small Patch Detailer Head then looks at every noisy patch again, pixel by pixel, together
@@ -10,23 +10,28 @@ with its token, and draws the detail that a token is too coarse to carry (Sec. 3
                                           embed                    |
                                             |                      v
                                   s (B, N, D) --> [L blocks] --> head --> unpatchify --> v
-                                                      ^            |
-    t, y --> embed --> c (B, D) ----------------------'            |
-                                       global: patches talk     local: patches do not
+                                                      ^            ^
+    t, y --> embed --> c (B, D) ----------------------'            |  t alone
+                                                                   |
+    t ----> embed -------------------------------------------------'
+
+    blocks: every patch attends to every other;  head: each patch by itself, with its token
 
 Conventions, stated here once:
     * Images are float (B, 3, H, W) in [-1, 1]; labels are int64 (B,).  Label `num_classes`
-      is the null class, "no label", which guidance needs.
+      is the null class, "no label", which classifier-free guidance needs.
     * Eq. (6): x_t = (1 - t) x_0 + t eps.  t = 0 is data, t = 1 is noise, t is float (B,) in [0, 1].
-    * The model returns the velocity v = d x_t / dt = eps - x_0; sampling goes from t = 1 to t = 0.
+    * The model returns the velocity v = d x_t / dt = eps - x_0 of Eq. (5), although Sec. 3.3 says
+      noise; sampling (sample.py) goes from t = 1 to t = 0.
     * Patches are in row-major order.  H and W need not be equal; both must be multiples of P.
-    * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, D token width.
-      Inside a head: M inputs at a time (M = B N patches, or B images) and C, the head's width.
+    * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, L blocks, s tokens of D
+      dimensions, c the condition, d = D / num_heads.  Inside a head: M inputs at a time (M = B N
+      patches, or B images) and C, the head's width.
 
 The network is the one the authors released (github.com/NJU-PCALab/DiP): `from_release` maps their
 weights onto it.  Equations, tables and sections are those of the paper (arXiv 2511.18822).  The
-mark `paper silent [what]` stands where paper and release leave a choice open, contradict each
-other, or are not followed; the README gives the reasons.
+mark `paper silent [what]` stands at every choice that the paper does not settle, or that differs
+from it; the comment says where the choice comes from, the README why.
 
 `python dip.py` prints the size and cost of every preset beside the paper's size.
 """
@@ -45,13 +50,13 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class DiPConfig:
-    """Everything that shapes the network.  The defaults are DiP-XL/16 of Table 4."""
+    """The network, and the image size of its training.  The defaults are DiP-XL/16 of Table 4."""
 
     image_size: int = 256        # H = W in pixels at training; sampling takes any rectangle
     patch_size: int = 16         # P
     hidden_size: int = 1152      # D
     depth: int = 26              # L, transformer blocks
-    num_heads: int = 16
+    num_heads: int = 16          # attention heads of a block
     num_classes: int = 1000
     head: str = "unet"           # Table 2: a name in HEADS; none = DiT-only
     head_width: int = 0          # Fig. 10a: base channels; 0 = the head's own default
@@ -59,7 +64,7 @@ class DiPConfig:
     head_input: str = "patch"    # Fig. 11: patch, or image
     placement: str = "post-hoc"  # Fig. 5: post-hoc, intermediate, hybrid
     prediction: str = "v"        # what the last layer predicts: velocity v, or clean image x
-    repa_dim: int = 0            # REPA: width of the frozen encoder's features; 0 = no REPA
+    repa_dim: int = 0            # representation alignment (REPA): the features' width; 0 = none
 
     def __post_init__(self):
         check(self)
@@ -70,28 +75,28 @@ class DiPConfig:
 
 
 # -------------------------------------------------------------------------------------------------
-# Patches: one pair of functions, inverse to each other, for everybody
+# Patches: two functions, inverse to each other; nothing else knows the order of patches
 
 
 def patchify(x, P):
     """Cut images into squares, row by row.  x (B, 3, H, W) -> (B, N, 3, P, P)"""
-    B, C, H, W = x.shape
+    B, channels, H, W = x.shape
     check_multiple("image height", H, P, "patch_size")
     check_multiple("image width", W, P, "patch_size")
-    x = x.reshape(B, C, H // P, P, W // P, P)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, P, P)
+    x = x.reshape(B, channels, H // P, P, W // P, P)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, channels, P, P)
 
 
 def unpatchify(patches, size):
     """Put the squares back.  patches (B, N, 3, P, P), size (H, W) -> (B, 3, H, W)"""
-    B, _, C, P, _ = patches.shape
+    B, _, channels, P, _ = patches.shape
     H, W = size
-    x = patches.reshape(B, H // P, W // P, C, P, P)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+    x = patches.reshape(B, H // P, W // P, channels, P, P)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, channels, H, W)
 
 
 # -------------------------------------------------------------------------------------------------
-# Embeddings: when (t), where (rows and columns)
+# Embeddings of time and of position
 
 
 class TimeEmbedding(nn.Module):
@@ -108,14 +113,14 @@ class TimeEmbedding(nn.Module):
 
 
 def time_frequencies(device=None, dtype=torch.float32):
-    """w_k = 10^(-k/128), from 1 to about 0.1: smooth in t.  -> (128,)"""
+    """w_k = 10^(-k/128), from 1 to about 0.1, far slower than DiT's 1000 t.  -> (128,)"""
     # paper silent [time embedding]: the release's, which are DDT's
     return 10 ** (-torch.arange(128, device=device, dtype=dtype) / 128)
 
 
 def rope_angles(rows, columns, d, device=None):
     """Rotary angles of a grid of tokens: d/4 of them by row, d/4 by column.  -> (N, d/2)"""
-    # paper silent [positions]: as in the release, rows and columns each spread over [0, 16]
+    # paper silent [positions]: the release's, rows and columns from 0 to 16 at every image size
     frequencies = 10000 ** (-torch.arange(d // 4, device=device) / (d // 4))
     row, column = torch.meshgrid(torch.linspace(0, 16, rows, device=device),
                                  torch.linspace(0, 16, columns, device=device), indexing="ij")
@@ -131,7 +136,7 @@ def rotate(x, rope):
 
 
 # -------------------------------------------------------------------------------------------------
-# The transformer block of DDT, "we use DDT [55]" (Sec. 4.1)
+# The transformer block: that of DDT, as in Sec. 4.1 [55], whose two-part network is not used
 
 
 class Attention(nn.Module):
@@ -155,7 +160,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP of hidden size 2/3 4D, as many parameters as a plain one of 4D."""
+    """Gated MLP of hidden size 8D/3, with as many parameters as a plain MLP of 4D."""
 
     def __init__(self, D):
         super().__init__()
@@ -186,7 +191,7 @@ class Block(nn.Module):
         self.adaLN = nn.Linear(condition_dim, 6 * D)
 
     def forward(self, s, c, rope):
-        """s (B, N, D), c (B, condition_dim), through SiLU already -> (B, N, D)"""
+        """s (B, N, D), c (B, condition_dim), already passed through SiLU -> (B, N, D)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)    # (B, D)
         s = s + gate1[:, None] * self.attention(modulate(self.norm1(s), shift1, scale1), rope)
         s = s + gate2[:, None] * self.mlp(modulate(self.norm2(s), shift2, scale2))
@@ -194,20 +199,22 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Patch Detailer Heads (Sec. 3.4, Table 2).  Each maps noisy pixels and their context to pixels:
+# Patch Detailer Heads (Sec. 3.4, Table 2).  Each maps noisy pixels and their context to what is
+# predicted for every pixel:
 #
-#     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)
+#     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)        s = SiLU(token + time)
 #
 # Patch input: M = B N patches of P x P pixels, each with one token (h' = w' = 1) and independent of
 # the others.  Image input: M = B images with their whole map of tokens.  A new head is a class like
 # these and a line in HEADS.  WIDTH and DEPTH are what head_width=0 and head_depth=0 stand for.
 
 
-LAST_LAYERS = "head.out", "output.linear"    # what in_float32 runs, by the ends of their names
+LAST_LAYERS = "head.out", "output.linear"    # of modules that in_float32 runs: they end in this
 
 
 def in_float32(layer, x):
-    """Run a last layer in float32 even under autocast: prediction="x" divides its output by t."""
+    """Run a last layer in float32 even under autocast: prediction="x" divides its output by t, and
+    would magnify the rounding of bfloat16."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.float())
 
@@ -222,7 +229,8 @@ class UNetHead(nn.Module):
         super().__init__()
         C, D = config.head_width or self.WIDTH, config.hidden_size
         down = [C * 2**i for i in range(config.head_depth or self.DEPTH)]
-        inputs, up, outputs = [3, *down[:-1]], down[::-1], [*down[-2::-1], C]
+        up = down[::-1]
+        inputs, outputs = [3, *down[:-1]], [*up[1:], C]
         self.down = nn.ModuleList(           # 3 -> 64 -> 128 -> 256 -> 512, pooled after each
             nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, down))
         self.pool = nn.MaxPool2d(2)          # paper silent [pooling]: the release has max
@@ -230,7 +238,7 @@ class UNetHead(nn.Module):
         self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)           # 512 + D -> 512
         self.up = nn.ModuleList(             # 512 -> 512, 256 -> 256, 128 -> 128, 64 -> 64
             nn.ConvTranspose2d(c, c, 2, stride=2) for c in up)
-        self.merge = nn.ModuleList(          # 512 + 512 -> 256 -> 128 -> 64 -> 64, with the skips
+        self.merge = nn.ModuleList(          # with the skips: 2 x 512 -> 256, 2 x 256 -> 128, ...
             nn.Conv2d(2 * c, o, 3, padding=1) for c, o in zip(up, outputs))
         self.out = nn.Conv2d(C, 3, 1)
 
@@ -254,7 +262,7 @@ class MLPHead(nn.Module):
     """Standard MLP on the token and the flattened patch, which does not know which pixels are
     neighbours."""
 
-    WIDTH, DEPTH = 1280, 2                   # paper silent [MLP head]: what gives 630 M
+    WIDTH, DEPTH = 1280, 2                   # paper silent [MLP head]: they give Table 2's 630 M
 
     def __init__(self, config):
         super().__init__()
@@ -290,7 +298,7 @@ class CoordinateHead(nn.Module):
         C, depth = config.head_width or self.WIDTH, config.head_depth or self.DEPTH
         self.embed = nn.Linear(3 + 64, C)
         self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-6) for _ in range(depth))
-        # paper silent [coordinate head]: no bias; Linear(1152, 16384) four times
+        # paper silent [coordinate head]: PixNerd's cosines for coordinates, no bias
         self.generators = nn.ModuleList(nn.Linear(config.hidden_size, 4 * C * C, bias=False)
                                         for _ in range(depth))
         self.norm = nn.RMSNorm(C, eps=1e-6)
@@ -314,7 +322,7 @@ class AttentionHead(nn.Module):
     """Intra-patch attention: the backbone's block again, with the pixels of one patch as tokens and
     the patch's own token as condition."""
 
-    WIDTH, DEPTH = 64, 10                    # paper silent [attention head]: what gives 630 M
+    WIDTH, DEPTH = 64, 10                    # paper silent [attention head]: Table 2's 630 M
     HEAD_DIM = 16                            # d
 
     def __init__(self, config):
@@ -344,17 +352,19 @@ HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attent
 
 
 class PatchDetailerHead(nn.Module):
-    """A head with its inputs laid out: patch by patch, or the whole image (Fig. 11)."""
+    """One of HEADS and its inputs: tokens with the time added, noisy pixels patch by patch, or of
+    the whole image (Fig. 11)."""
 
     def __init__(self, config):
         super().__init__()
-        self.P, self.head_input = config.patch_size, config.head_input
+        self.P = config.patch_size
+        self.head_input = config.head_input
         self.head = HEADS[config.head](config)
 
     def forward(self, x_t, s, time, c):
         """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W)"""
         H, W = x_t.shape[-2:]
-        s = F.silu(s + time[:, None])    # paper silent [context]: the release adds the time alone
+        s = F.silu(s + time[:, None])    # paper silent [context]: the release's, without the label
         if self.head_input == "image":
             return self.head(x_t, s.transpose(1, 2).unflatten(2, (H // self.P, W // self.P)))
         patches = patchify(x_t, self.P)                                      # (B, N, 3, P, P)
@@ -367,13 +377,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, self.P = config.hidden_size, config.patch_size
+        D = config.hidden_size
+        self.P = config.patch_size
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.adaLN = nn.Linear(D, 2 * D)
         self.linear = nn.Linear(D, 3 * self.P**2)
 
     def forward(self, x_t, s, time, c):
-        """x_t (B, 3, H, W), only its size matters, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
+        """x_t (B, 3, H, W), for its size only, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
         shift, scale = self.adaLN(c).chunk(2, dim=-1)
         pixels = in_float32(self.linear, modulate(self.norm(s), shift, scale))   # (B, N, 3PP)
         return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
@@ -382,9 +393,9 @@ class FinalLayer(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # The model
 
-REPA_BLOCK = 8           # the release: the tokens after this block are aligned
-REPA_WEIGHT = 0.5        # the release: their loss counts this much beside Eq. (5)
-MIN_TIME = 0.05          # prediction="x": v = (x_t - x) / max(t, MIN_TIME)
+REPA_BLOCK = 8           # the release: REPA aligns the tokens after this block
+REPA_WEIGHT = 0.5        # the release: loss = flow + REPA_WEIGHT * repa
+MIN_TIME = 0.05          # prediction="x", after JiT (2511.13720): v = (x_t - x) / max(t, MIN_TIME)
 
 
 class DiP(nn.Module):
@@ -399,8 +410,8 @@ class DiP(nn.Module):
         self.label = nn.Embedding(config.num_classes + 1, D)         # last row: the null class
         self.blocks = nn.ModuleList(Block(D, config.num_heads, D) for _ in range(config.depth))
         # Fig. 5: the head after the last block (post-hoc), between two blocks, or both (hybrid)
-        without_head = config.head == "none" or config.placement == "intermediate"
-        self.output = FinalLayer(config) if without_head else PatchDetailerHead(config)
+        ends_in_head = config.head != "none" and config.placement != "intermediate"
+        self.output = PatchDetailerHead(config) if ends_in_head else FinalLayer(config)
         self.inject_after = None
         if config.placement != "post-hoc":
             self.inject_after = config.depth // 2            # paper silent [placement]
@@ -419,7 +430,7 @@ class DiP(nn.Module):
         | tensor                                  | initialisation                                |
         |-----------------------------------------|-----------------------------------------------|
         | patch embedding                         | Xavier uniform, bias 0 (release)              |
-        | label table, both weights of time's MLP | N(0, 0.02) (release)                          |
+        | label table, both weights of time's MLP | normal, deviation 0.02 (release)              |
         | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
         | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
         | inject_embed, from detail to tokens     | 0: a fresh injection adds nothing             |
@@ -455,18 +466,17 @@ class DiP(nn.Module):
         rope = angles.cos(), angles.sin()                        # (N, d/2) each
         time = self.time(t)                                      # (B, D)       how noisy
         c = F.silu(time + self.label(y))                         # (B, D)       ... and what
-        s = self.embed(patches.flatten(2)).float()               # (B, N, D)    float32 residuals
+        s = self.embed(patches.flatten(2)).float()               # (B, N, D)    always float32
         for i, block in enumerate(self.blocks, start=1):
-            s = block(s, c, rope)                                # (B, N, D)    global: patches talk
+            s = block(s, c, rope)                                # (B, N, D)    across all patches
             if align and i == self.repa_after:
                 tokens = self.repa_projector(s).transpose(1, 2).unflatten(2, (rows, columns))
             if i == self.inject_after:
                 detail = self.inject_detail(x_t, s, time, c)     # (B, 3, H, W)
                 s = s + self.inject_embed(patchify(detail, P).flatten(2))
-        out = self.output(x_t, s, time, c)                       # (B, 3, H, W) local: they do not
-        v = out
-        if self.config.prediction == "x":    # out is a clean image, and x_t - x_0 = t v
-            v = (x_t - out) / t.clamp(min=MIN_TIME)[:, None, None, None]
+        v = self.output(x_t, s, time, c)                         # (B, 3, H, W) patch by patch
+        if self.config.prediction == "x":    # the output is a clean image, and x_t - x_0 = t v
+            v = (x_t - v) / t.clamp(min=MIN_TIME)[:, None, None, None]
         return (v, tokens) if align else v
 
 
@@ -486,15 +496,15 @@ def logit_normal_time(z, mean=0.0, std=1.0):
 
 
 def drop_labels(y, u, num_classes, rate=0.1):
-    """Replace a fraction of the labels by the null class, so that one network learns both fields
-    that guidance needs.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
+    """Replace a fraction of the labels by the null class, so that the network also learns the
+    velocity without a label, for guidance.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
     return torch.where(u < rate, num_classes, y)     # paper silent [label dropout]: the release's
 
 
 def flow_matching_loss(model, x_0, y, t, noise, features=None):
     """Eq. (5), image by image, and the alignment loss of REPA: (flow, repa), each (B,).
 
-        flow = mean over pixels of |v_theta(x_t, t) - (eps - x_0)|^2
+        flow = mean over pixels and channels of (v_theta(x_t, t, y) - (eps - x_0))^2
         repa = mean over patches of 1 - cos(projected token, feature),  0 without features
 
     x_0, noise (B, 3, H, W), y (B,), t (B,), features (B, repa_dim, h, w): the patch features of a
@@ -502,12 +512,13 @@ def flow_matching_loss(model, x_0, y, t, noise, features=None):
     """
     x_t, target = interpolate(x_0, noise, t), noise - x_0            # (B, 3, H, W) each
     if features is None:
-        flow = (model(x_t, t, y) - target).square().mean(dim=(1, 2, 3))
-        return flow, torch.zeros_like(flow)
-    v, tokens = model(x_t, t, y, align=True)                         # (B, repa_dim, H/P, W/P)
-    features = F.interpolate(features.float(), tokens.shape[-2:], mode="bilinear", antialias=True)
-    flow = (v - target).square().mean(dim=(1, 2, 3))
-    return flow, 1 - F.cosine_similarity(tokens.float(), features, dim=1).mean(dim=(1, 2))
+        v, repa = model(x_t, t, y), x_0.new_zeros(len(x_0))
+    else:
+        v, tokens = model(x_t, t, y, align=True)                     # (B, repa_dim, H/P, W/P)
+        features = F.interpolate(features.float(), tokens.shape[-2:], mode="bilinear",
+                                 antialias=True)
+        repa = 1 - F.cosine_similarity(tokens.float(), features, dim=1).mean(dim=(1, 2))
+    return (v - target).square().mean(dim=(1, 2, 3)), repa
 
 
 # -------------------------------------------------------------------------------------------------
@@ -527,7 +538,7 @@ RELEASE_NAMES = {                                # theirs: ours, applied in this
 def from_release(weights):
     """The authors' state dict -> (DiPConfig, state dict of DiP), giving the same velocity.
 
-    1. Their names are other names.
+    1. Their names differ: RELEASE_NAMES.
     2. Their time is t' = 1 - t.  With cos w(1-t) = cos w cos wt + sin w sin wt and
        sin w(1-t) = sin w cos wt - cos w sin wt, the first layer of the time MLP absorbs this.
     3. Their velocity points from noise to data: the last layer changes its sign.
@@ -541,6 +552,7 @@ def from_release(weights):
         ours[name] = weight
     D, pixels = ours["embed.weight"].shape
     P, d = math.isqrt(pixels // 3), len(ours["blocks.0.attention.q_norm.weight"])
+    # the weights do not tell the image size: 16 x 16 patches, as in the paper
     config = DiPConfig(image_size=16 * P, patch_size=P, hidden_size=D, num_heads=D // d,
                        depth=len({name.split(".")[1] for name in ours if "blocks." in name}),
                        num_classes=len(ours["label.weight"]) - 1,
@@ -552,11 +564,13 @@ def from_release(weights):
     ours["time.mlp.0.weight"] = torch.cat(rotated, dim=1).float()
     for name in ("output.head.out.weight", "output.head.out.bias"):
         ours[name] = -ours[name]
+    # theirs: (column a, column b, row a, row b), four at a time; ours: row a, column a, row b,
+    # column b, d/4 of each, for the pairs (a, b) = (i, i + d/2)
     order = torch.arange(d).view(d // 4, 4)[:, [2, 0, 3, 1]].T.flatten()     # (d,)
-    for name in [name for name in ours if ".attention." in name]:
-        if "norm" in name:
-            ours[name] = ours[name].unflatten(0, (1, d))[0, order]           # (d,)
-        if "qkv" in name:
+    for name in ours:
+        if "q_norm" in name or "k_norm" in name:
+            ours[name] = ours[name].unflatten(0, (1, d))[0, order]           # refuses other lengths
+        if "attention.qkv" in name:
             q, k, v = ours[name].unflatten(0, (3, D // d, d))                # (heads, d, D) each
             ours[name] = torch.cat([q[:, order], k[:, order], v]).flatten(0, 1)
     return config, ours
@@ -593,15 +607,16 @@ def check(config):
     check_choice("placement", config.placement, ("post-hoc", "intermediate", "hybrid"))
     check_choice("prediction", config.prediction, ("v", "x"))
     check_multiple("image_size", config.image_size, config.patch_size, "patch_size")
-    check_multiple("hidden_size", config.hidden_size, 4 * config.num_heads, "4 * num_heads")
+    check_multiple("hidden_size", config.hidden_size, 4 * config.num_heads,
+                   "4 * num_heads")                          # rotary pairs by row and by column
     if config.head == "unet":
         stages = config.head_depth or UNetHead.DEPTH
         check_multiple("patch_size", config.patch_size, 2**stages, f"2 ** {stages} (head_depth)")
     if config.head == "attention":
         width, d = config.head_width or AttentionHead.WIDTH, AttentionHead.HEAD_DIM
-        check_multiple("head_width", width, d, "its head dimension")
+        check_multiple("head_width", width, d, "AttentionHead.HEAD_DIM")
     if config.head == "none" and (config.head_width or config.head_depth):
-        raise ValueError(f"head='none' has no head_width={config.head_width} and no "
+        raise ValueError(f"head='none' takes no head_width={config.head_width} or "
                          f"head_depth={config.head_depth}; leave them 0, or name a head")
     if config.head_input == "image" and config.head != "unet":
         raise ValueError(f"head_input='image' needs head='unet', not head={config.head!r}")
@@ -626,8 +641,9 @@ PRESETS = {
     "DiP-XL/16-coordinate": XL.replace(head="coordinate"),
     "DiP-XL/16-attention": XL.replace(head="attention"),
     "DiP-XL/32": XL.replace(image_size=512, patch_size=32),
-    # The release, and smaller budgets: the usual sizes of vision transformers, with narrower heads
+    # Released too
     "DiP-L/16": XL.replace(hidden_size=1024, depth=22),
+    # Smaller budgets: sizes of ViT-B, -S and -Ti, with narrower Patch Detailer Heads
     "DiP-B/16": XL.replace(hidden_size=768, depth=12, num_heads=12, head_width=32),
     "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
     "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),

@@ -404,9 +404,9 @@ REFUSED = [
     (dict(patch_size=8, image_size=64), "patch_size=8 is not a multiple of 2 ** 4 (head_depth)=16; "
      "nearest that fit: 16"),
     (dict(head="mlp", head_input="image"), "head_input='image' needs head='unet', not head='mlp'"),
-    (dict(head="none", head_width=4), "head='none' has no head_width=4 and no head_depth=0; leave "
+    (dict(head="none", head_width=4), "head='none' takes no head_width=4 or head_depth=0; leave "
      "them 0, or name a head"),
-    (dict(head="none", head_depth=4), "head='none' has no head_width=0 and no head_depth=4; leave "
+    (dict(head="none", head_depth=4), "head='none' takes no head_width=0 or head_depth=4; leave "
      "them 0, or name a head"),
     (dict(head="none", placement="hybrid"), "placement='hybrid' needs a head and depth >= 2; "
      "head='none', depth=26"),
