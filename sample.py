@@ -775,6 +775,7 @@ def explain(error):
 
 def run_main(main):
     """Run a command; what the user can mend ends in one line and exit code 1, no traceback."""
+    torch.set_flush_denormal(True)           # on a CPU subnormal numbers make a step slow
     try:
         code = main()
     except KeyboardInterrupt:

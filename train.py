@@ -1,18 +1,19 @@
 r"""
 Train a DiP.
 
-    python train.py                     # embedded shapes; on a CPU a small model, in minutes
+    python train.py                     # drawn shapes and a small model, in minutes
     python train.py --data IMAGES       # IMAGES/train/<class>/*.jpg, IMAGES/<class>/*.jpg, or *.jpg
     python train.py --init FILE --data IMAGES       # from our weights, or the authors'
-    torchrun --nproc_per_node=8 train.py --image-size 256 --data IMAGENET       # DiP-XL/16
+    torchrun --nproc_per_node=8 train.py --data IMAGENET        # DiP-XL/16, 256 x 256
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-        train.py --image-size 256 --data IMAGENET
+        train.py --data IMAGENET
 
-The same command resumes.  A run is a function of its options alone: example k of it draws image,
-flip, time, noise and label dropout from (seed, k), whatever the processes, micro-batches and
-workers; noise is drawn on the device, so CPU and GPU differ.  A run writes ckpt-*.pt, log.jsonl,
-loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save a checkpoint and end it; an update
-that is not finite is skipped; an unreadable image is replaced.
+The same command resumes.  Image, flip, time, noise and label dropout of example k depend on (seed,
+k) alone, not on the number of processes, micro-batches and workers; results agree up to the order
+of sums.  Noise is drawn on the device, so CPU and GPU differ.  A run writes ckpt-*.pt, log.jsonl,
+loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save a checkpoint and end it (torchrun
+needs --shutdown-timeout 300 for large ones); an update that is not finite is skipped; an unreadable
+image is replaced.
 """
 
 import copy
@@ -62,7 +63,7 @@ class TrainOptions:
     image_size: int | None = option(None, "height and width in pixels [the preset's]")
     workers: int | None = option(None, "loader processes [8 with CUDA and --data, else 0]")
 
-    model: str | None = option(None, "preset of dip.py [DiP-XL/16; without CUDA: DiP-Nano/16]",
+    model: str | None = option(None, "preset [DiP-XL/16 with CUDA and --data, else DiP-Nano/16]",
                                group="model", metavar="NAME")
     set: tuple = option((), "other DiPConfig fields, as head=mlp depth=4", nargs="+",
                         action="extend", metavar="FIELD=VALUE")
@@ -80,10 +81,10 @@ class TrainOptions:
     lr: float | None = option(None, "AdamW's learning rate [1e-4; Nano: 3e-3]")
     warmup: int | None = option(None, "steps in which lr rises [0; Nano: 50]")
     cooldown: float | None = option(None, "last fraction, in which lr falls [0; Nano: 0.3]")
-    clip: float = option(1.0, "largest gradient norm; 0 = no limit")
+    clip: float = option(1.0, "largest gradient norm; 0 = no limit, as the release")
     ema: float = option(0.9999, "decay of the averaged weights, reached by warm-up")
     time_mean: float | None = option(None, "mean of logit t, of deviation 1 [0; Nano: 0.8]")
-    label_dropout: float = option(0.1, "fraction of labels hidden, for guidance")
+    label_dropout: float = option(0.1, "fraction of labels dropped, for guidance")
     seed: int = option(0, "of weights, order and noise: the run is a function of it")
 
     out: str | None = option(None, "folder of the run [runs/MODEL-SIZE]", group="output",
@@ -113,7 +114,7 @@ class TrainOptions:
                 raise ValueError(f"--{field.replace('_', '-')} {value} is a fraction: it must be "
                                  f"from 0 to 1")
         if self.label_dropout == 1:
-            raise ValueError("--label-dropout 1 hides every label; a folder of images without "
+            raise ValueError("--label-dropout 1 drops every label; a folder of images without "
                              "class folders trains without labels")
 
 
@@ -124,19 +125,20 @@ def configure(options, processes, initial=None):
     """
     say = print if processes.rank == 0 else lambda line: None
     has_cuda = processes.device.type == "cuda"
-    if options.model is None and initial is None and not has_cuda:
-        say("no CUDA and no --model: the small DiP-Nano/16, with its recipe for minutes")
+    large = has_cuda and bool(options.data)
+    if options.model is None and initial is None and not large:
+        missing = "--data" if has_cuda else "CUDA"
+        say(f"no {missing} and no --model: the small DiP-Nano/16, with its recipe for minutes")
     config, name = initial or (None, "")
     if options.model or not initial:
-        name = options.model or ("DiP-XL/16" if has_cuda else "DiP-Nano/16")
+        name = options.model or ("DiP-XL/16" if large else "DiP-Nano/16")
         check_choice("--model", name, PRESETS)
         config = PRESETS[name]
     options.model = name
     changes = read_changes(options.set, config)
     if changes.get("head", config.head) != config.head:      # a head has its own size
         changes = {"head_width": 0, "head_depth": 0} | changes
-        say(f"head={changes['head']}: head_width and head_depth are its own defaults where --set "
-            f"does not say")
+        say(f"head={changes['head']}: its own head_width and head_depth, unless --set gives them")
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
     options.image_size = config.image_size
     recipe = dict(RECIPES.get(name, PAPER))
@@ -174,14 +176,14 @@ def read_changes(pairs, config):
 
 
 def choose_micro_batch(options, config, processes):
-    """Images at once in this process: as the user says, or at most 32 that fit its memory."""
+    """Set options.micro_batch, images at once in a process: the user's, or at most 32 that fit."""
     part, rest = divmod(options.batch_size, processes.world)
     if rest or part % (options.micro_batch or 1):
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
                          f"{processes.world} processes x --micro-batch {options.micro_batch or 1}")
     on_cuda = processes.device.type == "cuda"
     if on_cuda and options.micro_batch:
-        return                       # what follows estimates; torch itself ends in one line there
+        return                       # tried as it is: out of memory ends in one clear line there
     free = free_memory(processes.device)
     fixed, per_image = memory_needed(config, torch.bfloat16 if on_cuda else None,
                                      options.grad_checkpoint)
@@ -199,8 +201,8 @@ def choose_micro_batch(options, config, processes):
 
 def memory_needed(config, dtype=None, grad_checkpoint=False):
     """Estimated bytes of training, (fixed, per image of a micro-batch): weights, gradients, Adam's
-    moments, EMA and weights cast to dtype; activations.  Nothing is computed: of fake tensors,
-    those kept for the backward pass are counted."""
+    two moments, EMA and half as much for weights cast to dtype; activations.  Nothing is computed:
+    of fake tensors, those kept for the backward pass are counted."""
     from torch._subclasses import FakeTensorMode
 
     def kept_for_backward(model, B):
@@ -215,17 +217,17 @@ def memory_needed(config, dtype=None, grad_checkpoint=False):
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             flow_matching_loss(model, x, torch.zeros(B, dtype=torch.long), torch.ones(B), x,
                                features)
-        return sum(sizes.values())   # weights among them, and their casts
+        return sum(sizes.values())
 
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         model = DiP(config)
         weights = sum(p.nbytes for p in model.parameters())
         one, two = (kept_for_backward(model, B) for B in (1, 2))
     per_image = two - one
-    if grad_checkpoint:              # what enters each piece, and the inside of the largest
+    if grad_checkpoint:              # the input of each piece; inside one, twice the average
         tokens = 4 * config.hidden_size * (config.image_size // config.patch_size) ** 2
         per_image = len(pieces(model)) * tokens + 2 * per_image / len(pieces(model))
-    return 5 * weights + max(0, one - weights - (two - one)), per_image
+    return (5.5 if dtype else 5) * weights, per_image
 
 
 def free_memory(device):
@@ -235,8 +237,8 @@ def free_memory(device):
     try:
         text = Path("/proc/meminfo").read_text()
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
-        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # its ranks have equal parts
-    except (OSError, TypeError):
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # of its ranks
+    except (OSError, TypeError):                             # no such file, or no such line in it
         return math.inf
 
 
@@ -274,7 +276,7 @@ class Examples(Dataset):
         pixels, y, z, u, positions = batch
         pixels, y, z, u = (x.to(device, non_blocking=True) for x in (pixels, y, z, u))
         x_0 = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        noise = torch.empty_like(x_0, memory_format=torch.contiguous_format)
+        noise = torch.empty(x_0.shape, device=device)        # contiguous, as x_0 is not
         for row, k in zip(noise, positions.tolist()):
             row.normal_(generator=random_stream(self.seed, self.purpose, k, "noise", device=device))
         return x_0, y, noise, z, u
@@ -299,8 +301,8 @@ def load_examples(options, data, processes, first_step):
 
 
 def outlive_signals(worker):
-    """In a loader process: Ctrl-C and SIGTERM often reach the whole process group; the loaders
-    ignore the first, and end with the second SIGTERM, which is their parent's."""
+    """In a loader process.  A signal to the whole process group must not end it before the step is
+    done: it ignores Ctrl-C and one SIGTERM; the DataLoader ends it with another."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
@@ -336,7 +338,7 @@ def accumulate(net, batches, options, config, processes, encoder=None):
         x_0, y, noise, z, u = next(batches)
         y = drop_labels(y, u, config.num_classes, options.label_dropout)
         t = logit_normal_time(z, options.time_mean)
-        net.require_backward_grad_sync = k == count - 1      # of DDP: ranks meet once a step
+        net.require_backward_grad_sync = k == count - 1      # DDP: gradients are summed once a step
         with autocast(processes.device):
             features = encoder(x_0) if encoder else None
             flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
@@ -376,17 +378,17 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
         done, last = step + 1, step + 1 == options.steps
         log = last or done % options.log_every == 0
         sample = options.sample_every and (last or done % options.sample_every == 0)
-        save = last or stop or done % options.save_every == 0 and not skipped
+        save = last or stop or (done % options.save_every == 0 and not skipped)
         if log or save:
             unlogged = processes.reduce(unlogged) * (rank == 0)  # rank 0 keeps what all have seen
-        if log:
-            refuse_bad_files((data, val_data), processes)
-        if rank == 0 and log and unlogged.any():
+        if rank == 0 and log and unlogged.any():             # some update was not skipped
             speed = (done - since) * options.batch_size / (time.time() - clock)
             log_step(out, bar, done, mean_losses(unlogged), lr, speed, norm)
             unlogged, since, clock = torch.zeros_like(unlogged), done, time.time()
-        if rank == 0 and save:                               # before pictures, which may fail
+        if rank == 0 and save:                               # before what may end the run
             save_run(options, config, data, model, ema, optimizer, done, unlogged)
+        if log:
+            refuse_bad_files((data, val_data), processes)
         if rank == 0 and sample:
             look(out, done, ema, data, val_data, options, signals)
         if sample or save:
@@ -412,15 +414,14 @@ def save_run(options, config, data, model, ema, optimizer, step, unlogged):
 
 
 def prepare(model, options, processes):
-    """The model as it is trained: compiled and recomputed block by block, in step with the other
-    processes."""
+    """The model wrapped for training: compiled and checkpointed block by block, and DDP."""
     if options.compile:
         compile_pieces(model)
     for module in pieces(model) if options.grad_checkpoint else ():
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     if processes.world == 1:
         return model
-    # large buckets: small ones would cut a compiled graph into many
+    # a bucket's border cuts a compiled graph in two: few, large buckets
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
@@ -431,13 +432,14 @@ def prepare(model, options, processes):
 def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
     """Model, its average and optimizer, steps done, losses not yet logged: new, or from --out."""
     out, rank, device = Path(options.out), processes.rank, processes.device
-    torch.manual_seed(options.seed)                          # the same weights on every rank
+    torch.manual_seed(options.seed)                          # the same weights, EMA on every rank
     model = build(config).to(device)
-    path = processes.on_first(newest_intact, out, True)
+    path = processes.on_first(lambda: newest_intact(out, verify=True))
     if initial and not path:
         start_from(initial, model, options.init, rank)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0,    # Table 4
+                                  fused=True)
     first_step, unlogged = 0, torch.zeros(3, TIME_BINS)
     if path:
         first_step, unlogged = resume(path, options, config, data, model, ema, optimizer, rank)
@@ -450,8 +452,8 @@ def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
 
 
 def start_from(initial, model, path, rank):
-    """Copy weights into a fresh model.  Another number of classes keeps the fresh label table but
-    for its null class; a projector of REPA that one of the two lacks is left out."""
+    """Copy weights into a fresh model.  With another number of classes the label table stays new,
+    except the null class; REPA's projector is copied only if both have one."""
     weights, fresh = dict(initial), model.state_dict()
     rows, name = len(fresh["label.weight"]), "label.weight"
     if len(weights[name]) != rows:
@@ -459,7 +461,7 @@ def start_from(initial, model, path, rank):
         table[-1] = weights[name][-1]
         if rank == 0:
             print(f"--init {path} has {len(weights[name]) - 1} classes: a new label table for "
-                  f"{rows - 1}, which keeps the null class")
+                  f"{rows - 1}; the null class is kept")
         weights[name] = table
     weights = {key: weight for key, weight in weights.items() if key in fresh
                or not key.startswith("repa_projector.")}
@@ -492,7 +494,7 @@ def resume(path, options, config, data, model, ema, optimizer, rank):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
-        optimizer.load_state_dict(moments)   # whose settings are the options'
+        optimizer.load_state_dict(moments)   # lr and the like stay those of the options
         unlogged = torch.zeros(3, TIME_BINS)
         if rank == 0:                        # which keeps what all have seen
             unlogged.copy_(state["unlogged"])
@@ -543,7 +545,7 @@ def noted_signals():
 
     def note(number, _):
         noted.append(number)
-        os.write(2, b"\nstopping: the step is finished and saved first\n")
+        os.write(2, b"\nstopping: the step is finished and saved first\n")    # print is not safe
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -589,7 +591,7 @@ def validate(model, examples, device, batch=50, limit=500, signals=()):
 
 
 class Interrupted(Exception):
-    """A signal was noted while pictures were made; the training loop sees it too."""
+    """Pictures are left unfinished: a signal waits for the training loop."""
 
 
 def stop_if(signals):
@@ -631,7 +633,7 @@ def write_log(out, **line):
     with (out / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
-        os.fsync(file.fileno())              # a later checkpoint must not outlive it
+        os.fsync(file.fileno())              # on the disk before any later checkpoint is
 
 
 def read_log(out):
@@ -691,7 +693,8 @@ def report_skipped(out, step, skipped, losses, processes):
 
 
 def newest_up_to(out, step):
-    """The newest checkpoint up to a step, or None: a later one is broken, or resume() had it."""
+    """The newest checkpoint at or before a step, or None.  resume() passed over any later one: it
+    is broken."""
     name = f"ckpt-{step:08d}.pt"
     return max((path for path in out.glob("ckpt-*.pt") if path.name <= name), default=None)
 
@@ -715,7 +718,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, x_0):
-        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w), one patch for 16 x 16 pixels (REPA)"""
+        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w), a patch of its for 16 x 16 pixels"""
         h, w = (max(1, round(side / 16)) for side in x_0.shape[-2:])
         P = self.net.patch_size
         x = F.interpolate((x_0 + 1) / 2, size=(h * P, w * P), mode="bicubic", antialias=True)
@@ -740,6 +743,9 @@ def load_encoder(options, processes):
 # The image folder
 
 
+SPLITS = "train", "val", "test"
+
+
 class FolderData:
     """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions; or
     <root>/*.jpg, one class.
@@ -762,7 +768,7 @@ class FolderData:
                              f"endings that are read: {' '.join(sorted(ENDINGS))}")
         if loose and files:
             raise ValueError(f"--data {root} has images beside class folders: {loose[0]}, "
-                             f"{inside[0].name}/; move one or the other")
+                             f"{next(iter(files))}/; move one or the other")
         if empty:
             raise ValueError(f"--data {root}: class folders without images: "
                              f"{', '.join(empty[:5])}; remove them, they would shift the labels")
@@ -807,9 +813,6 @@ def refuse_bad_files(datasets, processes):
         bad = set().union(*processes.gather(data.bad.nonzero().flatten().tolist()))
         if len(bad) > len(data) / 100:
             raise data.too_many_bad(bad)
-
-
-SPLITS = "train", "val", "test"
 
 
 def open_data(data, size):
@@ -912,9 +915,9 @@ class ShapesData:
         background, dark, light = PALETTES[rng.integers(len(PALETTES))]
         x, y = (self.x - dx) / radius, (self.y - dy) / radius
         x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-        pixels = signed_distance(shape, x, y) * radius * self.size / 2
-        inside = np.clip(0.5 - pixels, 0, 1)[..., None]
-        p, q = (2 * np.pi * (4.5 * side + rng.uniform(-0.15, 0.15)) for side in (self.x, self.y))
+        distance = signed_distance(shape, x, y) * radius * self.size / 2     # in pixels
+        inside = np.clip(0.5 - distance, 0, 1)[..., None]
+        p, q = (2 * np.pi * (4.5 * axis + rng.uniform(-0.15, 0.15)) for axis in (self.x, self.y))
         sharpness = self.size / 53                           # a soft edge of about one pixel
         ink = np.clip(0.5 + sharpness * texture_wave(texture, p, q), 0, 1)[..., None]
         picture = background + inside * (dark + ink * (light - dark) - background)
@@ -962,9 +965,9 @@ def main():
         with noted_signals() as signals:
             _, done = fit(options, config, data, val_data, processes, encoder, signals,
                           initial=weights)
-    code = 128 + max(signals, default=signal.SIGTERM) if done < options.steps else 0
+    code = 128 + max(signals, default=signal.SIGTERM) if done < options.steps else 0     # as shells
     if processes.rank > 0:
-        return code                                          # as a shell counts
+        return code
     if code:
         print(f"stopped by a signal after step {done}; the same command continues from "
               f"{newest_up_to(out, done) or 'the beginning'}")

@@ -19,6 +19,13 @@ def kills(request):
     return request.config.getoption("--kills")
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """A command flushes them to 0, which Hypothesis refuses: off again after each test."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a run of one step, which is enough to sample from; not to be changed."""

@@ -372,6 +372,10 @@ def test_without_a_gpu_and_without_a_model_the_model_is_small_and_that_is_said(c
     assert (options.sample_every, options.save_every, options.workers) == (700, 700, 0)
     assert options.out == "runs/DiP-Nano-16-48"
     assert "no CUDA and no --model: the small DiP-Nano/16" in capsys.readouterr().out
+    options = TrainOptions()
+    train.configure(options, alone("cuda"))                  # nor for drawings on a GPU
+    assert options.model == "DiP-Nano/16"
+    assert "no --data and no --model: the small DiP-Nano/16" in capsys.readouterr().out
     for device, chosen in (("cuda", None), ("cpu", "DiP-XL/16")):
         options = TrainOptions(model=chosen, data="photos")
         config = train.configure(options, alone(device))
@@ -390,7 +394,7 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder(capsys)
     assert options.batch_size == 4                           # 16 (64 / 128)^2
     assert (config.head, config.head_width, config.depth, config.image_size) == ("mlp", 0, 3, 128)
     assert options.out == "runs/DiP-Nano-16-head-mlp-depth-3-128"
-    assert "head=mlp: head_width and head_depth are its own defaults" in capsys.readouterr().out
+    assert "head=mlp: its own head_width and head_depth, unless --set gives them" in capsys.readouterr().out
     options = TrainOptions(model="DiP-Ti/16", set=("head_width=16",), steps=10)
     assert train.configure(options, alone()).head_width == 16 and options.save_every == 2
     assert capsys.readouterr().out == ""
@@ -757,7 +761,7 @@ def test_init_starts_from_the_average_with_a_new_label_table(monkeypatch, traine
                f"--device cpu")
     run(monkeypatch, train, command, f"--steps 4 --out {tmp_path}/whole")
     text = capsys.readouterr().out
-    assert "has 10 classes: a new label table for 2, which keeps the null class" in text
+    assert "has 10 classes: a new label table for 2; the null class is kept" in text
     assert "no CUDA and no --model" not in text and "DiP-Nano/16: " in text
     given = checkpoint(trained)["ema"]
     for name, weight in start[0].items():
