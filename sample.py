@@ -9,8 +9,8 @@ Draw images with a trained DiP.
     torchrun --nproc_per_node=8 sample.py --num-samples 50000 --out samples.npz
 
 Samplers are plain functions of a velocity field: they know nothing of images, models or guidance.
-Image i depends on (seed, i, class) alone, not on the number of GPUs; in float32 not on the batch
-size either, up to the order of sums, while bf16 on a GPU may move a pixel by a few levels.
+With the same settings image i depends on (seed, i, class), not on the number of GPUs.  The batch
+size changes rounding only: in bf16, on a GPU, by up to a few levels of a pixel.
 """
 
 import argparse
@@ -82,12 +82,12 @@ def adams_bashforth(velocity, x, steps, shift=1.0):
 
 
 def euler_maruyama(velocity, x, steps, shift=1.0, noise=None):
-    """The reverse SDE with the same marginals as the ODE and diffusion coefficient w(t) = t:
+    """The reverse SDE whose marginals are, without guidance, those of the ODE; g(t)^2 = w = t:
 
         dx = [v - w/2 score] dt + sqrt(w) dW,    score = -eps_hat / t,    eps_hat = x + (1 - t) v
 
-    Order 1 in law, one evaluation a step.  The last step, to t = 0, adds no noise.
-    `noise()` draws a standard normal like x.
+    dt < 0, dW ~ N(0, |dt|).  Weak order 1, one evaluation a step; the last step, to t = 0, is one
+    of Euler.  `noise()` draws a standard normal like x.
     """
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in pairwise(time_grid(steps, shift)):
@@ -113,10 +113,10 @@ def guided(model, y, scale=1.0, interval=(0.0, 1.0)):
     null = torch.full_like(y, model.config.num_classes)
 
     def velocity(x, t):
-        T = torch.full((len(x),), t, device=x.device)
+        times = torch.full((len(x),), t, device=x.device)
         if scale == 1 or not interval[0] <= t <= interval[1]:
-            return model(x, T, y)
-        v_y, v_0 = model(x.repeat(2, 1, 1, 1), T.repeat(2), torch.cat([y, null])).chunk(2)
+            return model(x, times, y)
+        v_y, v_0 = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null])).chunk(2)
         return v_0 + scale * (v_y - v_0)
 
     return velocity
@@ -134,7 +134,7 @@ def random_stream(*key, device="cpu"):
 
 
 def autocast(device):
-    """bf16 for the network where the device has it; the ODE state stays float32 outside of it."""
+    """bf16 for the network on CUDA, float32 elsewhere; the ODE's state is float32 everywhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -143,10 +143,11 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
              cfg=1.0, interval=(0.0, 1.0), shift=1.0, watch=None):
     """Images for `labels`; image k is drawn from the randomness of (seed, indices[k]) alone.
 
-    labels, indices [0, 1, ...]: sequences of B ints -> float (B, 3, H, W) on the model's device.
+    labels: B ints; indices: B ints [0, 1, ...] -> float (B, 3, H, W) on the model's device.
     `watch(t, x_t, v)`, if given, is called at every evaluation of the velocity.
     """
-    K, indices = model.config.num_classes, range(len(labels)) if indices is None else indices
+    K = model.config.num_classes
+    indices = range(len(labels)) if indices is None else indices
     if not all(isinstance(label, (int, np.integer)) and 0 <= label <= K for label in labels):
         raise ValueError(f"labels={list(labels)!r} must be whole numbers from 0 to {K}, the null "
                          f"class; find_class() turns a name into one")
@@ -185,13 +186,14 @@ def to_uint8(x):
 def draw_grid(rows, labels, headers=None, cell=96):
     """A picture of rows of images, a label before each row and, if given, a header on each column.
 
-    rows: list of uint8 arrays (columns, H, W, 3).  Images smaller than `cell` pixels are enlarged
-    by a whole factor, without smoothing.
+    rows: list of uint8 arrays (columns, H, W, 3).  Small images are enlarged by the whole factor
+    that brings them nearest to `cell` pixels, without smoothing.
     """
     H, W = rows[0].shape[1:3]
-    zoom, gap = max(1, round(cell / max(H, W))), 4
+    gap = 4
+    zoom = max(1, round(cell / max(H, W)))
     font = ImageFont.load_default(size=15)
-    left = 2 * gap + max(round(font.getlength(label)) for label in labels) + gap
+    left = 3 * gap + max(round(font.getlength(label)) for label in labels)
     top = 24 if headers else gap
     columns = max(len(row) for row in rows)
     size = (left + columns * (W * zoom + gap), top + len(rows) * (H * zoom + gap))
@@ -209,63 +211,68 @@ def draw_grid(rows, labels, headers=None, cell=96):
     return sheet
 
 
-def lay_out(images, classes, names):
-    """Rows of at most ten images, `len(images) / len(classes)` of each class, and their labels."""
-    num, rows, labels = len(images) // len(classes), [], []
-    for k, c in enumerate(classes):
-        for j in range(0, num, 10):
-            rows.append(images[k * num + j:k * num + min(j + 10, num)])
-            labels.append(names[c] if j == 0 else "")
+def lay_out(images, names):
+    """(rows, labels) for draw_grid: as many images of every name, at most ten a row."""
+    rows, labels = [], []
+    for name, group in zip(names, np.split(images, len(names))):
+        for j in range(0, len(group), 10):
+            rows.append(group[j:j + 10])
+            labels.append(name if j == 0 else "")
     return rows, labels
 
 
 def sample_grid(model, names, options):
-    """Rows of images, one class after another; those of a column share their noise."""
-    classes, num, trajectory = options.class_, options.num or 8, []
+    """Rows of images, class after class; image j of every class starts from the same noise."""
+    classes, num, seen = options.class_, options.num or 8, {}
+    names = [names[c] for c in classes]
     labels = [c for c in classes for _ in range(num)]
     indices = [j for _ in classes for j in range(num)]
+    def watch(t, x, v):                      # Heun visits most times twice: the last visit stays
+        seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x)
+
     images = []
     for start in progress(range(0, len(labels), options.batch), "sampling", unit="batch"):
         part = slice(start, start + options.batch)
-        first = options.trajectory and start == 0
-        watch = (lambda t, x, v: trajectory.append((t, x.cpu(), v[:1].cpu()))) if first else None
-        x = generate(model, labels[part], indices[part], **options.settings(), watch=watch)
+        watched = watch if options.trajectory and start == 0 else None
+        x = generate(model, labels[part], indices[part], **options.settings(), watch=watched)
         images.append(to_uint8(x))
     images = np.concatenate(images)
     out = Path(options.out) if options.out else free_name("samples.png")
-    sheet = draw_grid(*lay_out(images, classes, names))
+    sheet = draw_grid(*lay_out(images, names))
     save_atomically(out, lambda path: sheet.save(path, "PNG"))
-    print(f"wrote {out}: {len(images)} images, {', '.join(names[c] for c in classes)}")
+    print(f"wrote {out}: {len(images)} images, {', '.join(names)}")
     if options.trajectory:
-        draw_trajectory(trajectory, images, num, classes, names, out)
+        draw_trajectory(seen, images, num, names, out)
 
 
-def draw_trajectory(trajectory, images, num, classes, names, out):
+def draw_trajectory(seen, images, num, names, out):
     """Beside the grid: a strip of what the model predicts for the first image, x_t - t v, as t
-    falls; and a GIF in which the noise of the first batch turns into its images."""
-    seen = [*{t: (t, x, v) for t, x, v in trajectory}.values()]      # Heun visits most times twice
-    last = len(seen) - 1
-    # most happens near noise, so times are chosen at squares
-    chosen = [seen[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
-    strip = to_uint8(torch.cat([x[:1] - t * v for t, x, v in chosen]))
-    sheet = draw_grid([strip], [names[classes[0]]], [f"t={t:.2f}" for t, _, _ in chosen])
+    falls; and a GIF in which the noise of the first batch turns into its images.
+
+    seen: {t: (that prediction (1, H, W, 3), noisy images (B, H, W, 3))}, uint8
+    """
+    times, last = list(seen), len(seen) - 1
+    # quadratic spacing: most changes near t = 1
+    chosen = [times[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
+    strip = np.concatenate([seen[t][0] for t in chosen])
+    sheet = draw_grid([strip], names[:1], [f"t={t:.2f}" for t in chosen])
     path = out.with_name(out.stem + "-trajectory.png")
     save_atomically(path, lambda partial: sheet.save(partial, "PNG"))
     print(f"wrote {path}: the predicted clean image of the first sample, from noise to data")
 
-    whole = max(1, len(seen[0][1]) // num)                   # classes that are in the first batch
-    every = max(1, len(seen) // 32)
-    stages = [to_uint8(x) for _, x, _ in seen[::every]] + [images[:len(seen[0][1])]]
-    frames = [draw_grid(*lay_out(stage[:whole * num], classes[:whole], names)) for stage in stages]
+    noisy = [x for _, x in seen.values()]
+    whole = max(1, len(noisy[0]) // num)                     # classes that are in the first batch
+    stages = noisy[::max(1, len(noisy) // 32)] + [images[:len(noisy[0])]]
+    frames = [draw_grid(*lay_out(stage[:whole * num], names[:whole])) for stage in stages]
     path = path.with_suffix(".gif")
     save_atomically(path, lambda partial: frames[0].save(
         partial, "GIF", save_all=True, append_images=frames[1:], loop=0,
         duration=[100] * (len(frames) - 1) + [2500]))        # milliseconds
-    print(f"wrote {path}: the same from noise to image, {len(frames)} frames")
+    print(f"wrote {path}: x_t of the first images as t falls, {len(frames)} frames")
 
 
 # -------------------------------------------------------------------------------------------------
-# Export: an .npz to measure
+# Export: an .npz for fid.py
 
 
 def export(model, options, processes):
@@ -305,20 +312,18 @@ def save_array(path, images):
 
 
 def check_recipe(parts, options, processes):
-    """Keep beside the parts what they are made with; refuse to mix them with others."""
-    recipe = {**options.settings(), "num_samples": options.num_samples, "batch": options.batch,
-              "ema": options.ema, "ckpt": options.ckpt,
-              "saved": Path(options.ckpt).stat().st_mtime}
-    recipe = json.loads(json.dumps(recipe))                  # as read back: tuples become lists
+    """Store beside the parts what they are made with; refuse to go on with other settings."""
+    recipe = json.dumps({
+        **options.settings(), "num_samples": options.num_samples, "batch": options.batch,
+        "ema": options.ema, "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime,
+        "device": processes.device.type})
     path = parts / "recipe.json"
     if processes.rank == 0 and not path.exists():
         shutil.rmtree(parts, ignore_errors=True)
-        save_atomically(path, lambda partial: partial.write_text(json.dumps(recipe)))
+        save_atomically(path, lambda partial: partial.write_text(recipe))
     processes.barrier()
-    with in_one_line(f"{path} is damaged; delete {parts}, and draw again"):
-        found = json.loads(path.read_text())
-    if found != recipe:
-        raise ValueError(f"{parts} holds a half-done export with other settings; "
+    if path.read_text(errors="replace") != recipe:
+        raise ValueError(f"{parts} holds an unfinished export with other settings; "
                          f"delete it, or choose another --out")
 
 
@@ -335,11 +340,116 @@ def write_npz(path, batches, shape, labels):
                         raise ValueError(f"{images.dtype} {images.shape}")
                 member.write(images.tobytes())
         with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels.astype(np.int64))
+            np.lib.format.write_array(member, labels)
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+
+def option(default, help, **settings):
+    """A dataclass field that is also a command line option; `group` starts a group of options."""
+    return dataclasses.field(default=default, metadata={"help": help, **settings})
+
+
+@dataclass
+class SampleOptions:
+    ckpt: str | None = option(None, "weights: a file, or the folder of a run [newest under runs/]",
+                              group="model", metavar="PATH")
+    ema: bool = option(True, "the averaged weights [--ema], or the last ones")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    class_: tuple = option((), "classes by index or name [all, ten at most]",
+                           group="what to draw", nargs="+", metavar="CLASS")
+    num: int | None = option(None, "images per class [8]")
+    size: tuple = option((), "another height and width in pixels [as trained]",
+                         nargs=2, type=int, metavar=("H", "W"))
+    seed: int = option(0, "image i depends on (seed, i, class), not on the GPUs")
+    out: str | None = option(None, "file to write [samples.png; samples.npz with --num-samples]",
+                             metavar="FILE")
+    trajectory: bool = option(False, "also a strip and a GIF of how noise becomes an image")
+
+    sampler: str = option("euler", "integrator", group="how to draw", choices=tuple(SAMPLERS))
+    steps: int = option(100, "steps from t = 1 to t = 0")
+    cfg: float = option(2.9, "guidance scale, 1 = off; from Appendix C:")
+    interval: tuple = option((0.03, 0.89), "guidance acts for t in it; paper: 1 - t in 0.11 0.97",
+                             nargs=2, type=float, metavar=("LOW", "HIGH"))
+    time_shift: float = option(1.0, "> 1 spends more steps near noise")
+    batch: int = option(32, "images at a time, per process")
+    compile: bool = option(False, "torch.compile, block by block")
+
+    num_samples: int = option(0, "export this many images, label i mod K; resumable",
+                              group="files to make")
+    save_weights: str | None = option(None, "only write the weights, as bfloat16, into this file",
+                                      metavar="FILE")
+
+    def __post_init__(self):
+        at_least(1, num=self.num, steps=self.steps, batch=self.batch)
+        at_least(0, num_samples=self.num_samples, cfg=self.cfg)
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"--interval {low} {high} must have 0 <= LOW <= HIGH <= 1")
+        if not 0 < self.time_shift < math.inf:
+            raise ValueError(f"--time-shift {self.time_shift} must be above 0 and finite")
+        if (self.num or 8) * (len(self.class_) or 10) > 10_000:
+            raise ValueError(f"--num {self.num}: a picture of more than 10,000 images; "
+                             f"--num-samples exports as many as you like")
+        if self.num_samples and (self.class_ or self.num is not None or self.trajectory):
+            raise ValueError("--num-samples takes the classes in turn; "
+                             "leave out --class, --num and --trajectory")
+        if self.save_weights and Path(self.save_weights).suffix != ".pt":
+            raise ValueError(f"--save-weights {self.save_weights} must end in .pt")
+        if self.out and not self.num_samples and Path(self.out).suffix.lower() != ".png":
+            raise ValueError(f"--out {self.out} must end in .png; an .npz needs --num-samples")
+
+    def settings(self):
+        """What generate() needs to know."""
+        return dict(seed=self.seed, size=self.size or None, sampler=self.sampler, steps=self.steps,
+                    cfg=self.cfg, interval=tuple(self.interval), shift=self.time_shift)
+
+
+def announce(options, model, info):
+    """Say what is about to be drawn, with which weights."""
+    trained = model.config.image_size
+    weights = f"step {info['step']}, {'EMA' if options.ema else 'last'} weights"
+    if options.ckpt == str(OUR_WEIGHTS):
+        print("the small weights that come with the code; `python train.py` makes your own")
+    print(f"{options.ckpt}: {weights}; {options.sampler}, {options.steps} steps, cfg {options.cfg} "
+          f"for t in {list(options.interval)}, seed {options.seed}")
+    if options.size and not all(trained / 2 <= side <= trained * 2 for side in options.size):
+        print(f"warning: --size {options.size[0]} {options.size[1]} is far from the {trained} x "
+              f"{trained} of the training; expect poor images")
+
+
+def main():
+    options = parse_options(SampleOptions, __doc__)
+    processes = start_processes(options.device)
+    options.ckpt = str(processes.on_first(find_checkpoint, options.ckpt))
+    model, info = load_model(options.ckpt, processes.device, options.ema)
+    for side in options.size:
+        check_multiple("--size", side, model.config.patch_size, "patch_size")
+    names = info["names"]
+    options.class_ = [find_class(query, info["classes"], names) for query in options.class_]
+    if options.save_weights:
+        if processes.rank == 0:
+            write_weights(options.save_weights, model, info)
+            print(f"wrote {options.save_weights}: weights of {options.ckpt} as bfloat16")
+        return
+    if processes.device.type == "cuda":
+        keep_in_bf16(model)
+    if options.compile:
+        compile_pieces(model)
+    if processes.rank == 0:
+        announce(options, model, info)
+    if options.num_samples:
+        export(model, options, processes)
+    elif processes.rank == 0:
+        options.class_ = options.class_ or list(range(min(10, len(names))))
+        sample_grid(model, names, options)
 
 
 # #################################################################################################
-# Shared plumbing of train.py and sample.py from here to the end: weights and checkpoints, processes
+# Shared plumbing of train.py and sample.py from here to the end: files and checkpoints, processes
 # and devices, the command line.  None of it is about diffusion.
 
 OUR_WEIGHTS = Path(__file__).parent / "assets" / "dip-nano.pt"
@@ -411,16 +521,17 @@ def write_checkpoint(out, keep, **state):
     check_finite(out, state["model"])
     path = out / f"ckpt-{state['step']:08d}.pt"
     save_atomically(path, lambda partial: torch.save(state, partial))
-    for old in sorted(old for old in out.glob("ckpt-*.pt") if old <= path)[:-keep]:
+    saved = sorted(out.glob("ckpt-*.pt"))
+    for old in [file for file in saved if file <= path][:-keep]:     # of later steps: not counted
         old.unlink()
 
 
 def write_weights(path, model, info):
-    """The weights alone, rounded to bfloat16: what assets/ holds, and what one passes on."""
+    """The weights alone, rounded to bfloat16: what assets/ holds, and what one shares."""
     weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
-    state = {key: info[key] for key in ("step", "classes", "names")}
-    state |= dict(config=asdict(model.config), ema=weights,
-                  options={"model": info["options"].get("model", "")})
+    state = dict(config=asdict(model.config), ema=weights, step=info["step"],
+                 classes=info["classes"], names=info["names"],
+                 options={"model": info["options"].get("model", "")})        # for --init's recipe
     save_atomically(path, lambda partial: torch.save(state, partial))
 
 
@@ -440,7 +551,8 @@ def read_file(path):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
-            if not (foreign := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if not foreign:
                 raise
     raise ValueError(
         f"{path} holds more than tensors ({foreign[1]}) and may run code when opened; if you trust "
@@ -571,7 +683,7 @@ def check_fit(path, model, weights):
 
 
 def check_finite(path, weights):
-    """Refuse weights that are not finite: they draw black images without a word."""
+    """Refuse weights that are not finite: they would silently draw black images."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f"{path}: weight {name} is not finite; use an earlier checkpoint, "
@@ -579,8 +691,8 @@ def check_finite(path, weights):
 
 
 def pieces(model):
-    """The modules that are compiled, and recomputed for --grad-checkpoint, one by one: every block,
-    of an attention head too, and every other head."""
+    """The modules that are compiled, or recomputed in the backward pass, one at a time: each Block,
+    and each head that is not made of Blocks."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     heads = [module.head for module in model.modules() if isinstance(module, PatchDetailerHead)]
     return blocks + [head for head in heads
@@ -596,8 +708,8 @@ def compile_pieces(model):
 def keep_in_bf16(model):
     """Cast once the weights that autocast casts at every evaluation, all except last layers, which
     run in float32: the same bits in less time."""
+    kinds = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
     for name, module in model.named_modules():
-        kinds = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
         if isinstance(module, kinds) and not name.endswith(LAST_LAYERS):
             module.bfloat16()
 
@@ -637,7 +749,7 @@ def find_class(query, classes, names):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a command.  All of them call a method together; one alone need not wait."""
+    """The processes of a command.  Every method is collective: all of them call it."""
 
     rank: int
     world: int
@@ -661,7 +773,7 @@ class Processes:
         if self.rank == 0:
             try:
                 result = function(*arguments)
-            except (ValueError, OSError) as found:
+            except Exception as found:
                 error = found
         result, error = self.gather((result, error))[0]
         if error:
@@ -684,8 +796,8 @@ class Processes:
 def start_processes(device="auto"):
     """This process among its peers, and its device, after joining torchrun's group if any."""
     many = "RANK" in os.environ                              # under torchrun
-    rank, world = (int(os.environ[name]) if many else least
-                   for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ["RANK"]) if many else 0
+    world = int(os.environ["WORLD_SIZE"]) if many else 1
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
@@ -693,7 +805,7 @@ def start_processes(device="auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device).item()                 # meta has no values
+        torch.empty(1, device=device).item()                 # fails if it is absent, or "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
@@ -708,11 +820,6 @@ def start_processes(device="auto"):
 
 # -------------------------------------------------------------------------------------------------
 # Command line: a dataclass whose fields carry their help
-
-
-def option(default, help, **settings):
-    """A dataclass field that is also a command line option; `group` starts a group of options."""
-    return dataclasses.field(default=default, metadata={"help": help, **settings})
 
 
 def parse_options(cls, manual, argv=None):
@@ -762,12 +869,12 @@ def progress(items, what, **settings):
 def explain(error):
     """The line that tells the user what to mend, or None for an error that nobody expected."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    from_loader = lines[0].startswith("Caught ")             # its last line is the error itself
+    from_loader = lines[0].startswith("Caught ")             # by a worker: its last line counts
     line = lines[-1].removeprefix("ValueError: ") if from_loader else lines[0]
     exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if exhausted or "DefaultCPUAllocator: can't allocate memory" in str(error):
         return "out of memory; a smaller --micro-batch (training) or --batch (sampling) helps"
-    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, RuntimeError):
         lost = dist.is_initialized() and re.search("[Cc]onnection (closed|reset)", line)
         return "another process of this command has ended" if lost else None
     return line if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
@@ -786,7 +893,7 @@ def run_main(main):
             raise
         if line is None:
             traceback.print_exc()
-        traceback.clear_frames(error.__traceback__)          # loader processes end with their frame
+        traceback.clear_frames(error.__traceback__)          # frees the DataLoader: its workers end
         code = f"{Path(sys.argv[0]).name}: error: {line or 'unexpected, see above'}"
     if dist.is_initialized():        # leave at once: a group that has lost a member may hang in its
         if not code:                 # teardown, and gloo's threads may abort Python's
@@ -798,106 +905,6 @@ def run_main(main):
         sys.stderr.flush()
         os._exit(code or 0)
     sys.exit(code)
-
-
-# -------------------------------------------------------------------------------------------------
-# The command
-
-
-@dataclass
-class SampleOptions:
-    ckpt: str | None = option(None, "weights: a file, or the folder of a run [newest under runs/]",
-                              group="model", metavar="PATH")
-    ema: bool = option(True, "the averaged weights [--ema], or the last ones")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-
-    class_: tuple = option((), "classes by index or name [all, ten at most]",
-                           group="what to draw", nargs="+", metavar="CLASS")
-    num: int | None = option(None, "images per class [8]")
-    size: tuple = option((), "another height and width in pixels [as trained]",
-                         nargs=2, type=int, metavar=("H", "W"))
-    seed: int = option(0, "image i depends on (seed, i, class) alone")
-    out: str | None = option(None, "file to write [samples.png; samples.npz with --num-samples]",
-                             metavar="FILE")
-    trajectory: bool = option(False, "also a strip and a GIF of how noise becomes an image")
-
-    sampler: str = option("euler", "integrator", group="how to draw", choices=tuple(SAMPLERS))
-    steps: int = option(100, "steps from t = 1 to t = 0")
-    cfg: float = option(2.9, "guidance scale, 1 = off; Appendix C:")
-    interval: tuple = option((0.03, 0.89), "guidance acts for t in it; paper: 1 - t in 0.11 0.97",
-                             nargs=2, type=float, metavar=("LOW", "HIGH"))
-    time_shift: float = option(1.0, "> 1 spends more steps near noise")
-    batch: int = option(32, "images at a time, per process")
-    compile: bool = option(False, "torch.compile, block by block")
-
-    num_samples: int = option(0, "export this many images, label i mod K; resumable",
-                              group="files to make")
-    save_weights: str | None = option(None, "only write the weights, as bfloat16, into this file",
-                                      metavar="FILE")
-
-    def __post_init__(self):
-        at_least(1, num=self.num, steps=self.steps, batch=self.batch)
-        at_least(0, num_samples=self.num_samples, cfg=self.cfg)
-        for side in self.size:
-            at_least(1, size=side)
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"--interval {low} {high} must have 0 <= LOW <= HIGH <= 1")
-        if not 0 < self.time_shift < math.inf:
-            raise ValueError(f"--time-shift {self.time_shift} must be above 0 and finite")
-        if (self.num or 8) * (len(self.class_) or 10) > 10_000:
-            raise ValueError(f"--num {self.num}: a picture of more than 10,000 images; "
-                             f"--num-samples exports as many as you like")
-        if self.num_samples and (self.class_ or self.num is not None or self.trajectory):
-            raise ValueError("--num-samples takes the classes in turn; "
-                             "leave out --class, --num and --trajectory")
-        if self.out and not self.num_samples and Path(self.out).suffix.lower() != ".png":
-            raise ValueError(f"--out {self.out} must end in .png; an .npz needs --num-samples")
-
-    def settings(self):
-        """What generate() needs to know."""
-        return dict(seed=self.seed, size=self.size or None, sampler=self.sampler, steps=self.steps,
-                    cfg=self.cfg, interval=tuple(self.interval), shift=self.time_shift)
-
-
-def announce(options, model, info):
-    """Say what is about to be drawn, with which weights."""
-    trained = model.config.image_size
-    weights = f"step {info['step']}, {'EMA' if options.ema else 'last'} weights"
-    if options.ckpt == str(OUR_WEIGHTS):
-        print("no run under runs/: these are the small weights that come with the code; "
-              "`python train.py` makes your own")
-    print(f"{options.ckpt}: {weights}; {options.sampler}, {options.steps} steps, cfg {options.cfg} "
-          f"for t in {list(options.interval)}, seed {options.seed}")
-    if options.size and not all(trained / 2 <= side <= trained * 2 for side in options.size):
-        print(f"warning: --size {options.size[0]} {options.size[1]} is far from the {trained} x "
-              f"{trained} of the training; expect poor images")
-
-
-def main():
-    options = parse_options(SampleOptions, __doc__)
-    processes = start_processes(options.device)
-    options.ckpt = str(processes.on_first(find_checkpoint, options.ckpt))
-    model, info = load_model(options.ckpt, processes.device, options.ema)
-    for side in options.size:
-        check_multiple("--size", side, model.config.patch_size, "patch_size")
-    names = info["names"]
-    options.class_ = [find_class(query, info["classes"], names) for query in options.class_]
-    if options.save_weights:
-        write_weights(options.save_weights, model, info)
-        print(f"wrote {options.save_weights}: weights of {options.ckpt} as bfloat16")
-        return
-    if processes.device.type == "cuda":
-        keep_in_bf16(model)
-    if options.compile:
-        compile_pieces(model)
-    if processes.rank == 0:
-        announce(options, model, info)
-    if options.num_samples:
-        export(model, options, processes)
-    elif processes.rank == 0:
-        options.class_ = options.class_ or list(range(len(names)))[:10]
-        sample_grid(model, names, options)
 
 
 if __name__ == "__main__":

@@ -465,7 +465,7 @@ def test_an_interrupted_export_continues(monkeypatch, trained, tmp_path, exporte
         export(monkeypatch, trained, tmp_path / "s.npz")
     assert not (tmp_path / "s.npz").exists()
     for words in ("--seed 1", "--steps 4", "--batch 6", "--no-ema", "--cfg 1", "--size 16 16"):
-        with pytest.raises(ValueError, match="half-done export with other settings"):
+        with pytest.raises(ValueError, match="unfinished export with other settings"):
             export(monkeypatch, trained, tmp_path / "s.npz", words)
     limit = None
     part = tmp_path / "s.npz.parts" / "00000000.npy"
@@ -564,7 +564,7 @@ def test_without_a_run_our_own_weights_are_drawn_with_and_it_is_said(monkeypatch
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     monkeypatch.setattr(sample, "OUR_WEIGHTS", ours)
     run(monkeypatch, sample, "--class 1 --num 1")
-    assert "these are the small weights that come with the code" in capsys.readouterr().out
+    assert "the small weights that come with the code" in capsys.readouterr().out
     assert (tmp_path / "samples.png").exists()
     model, info = sample.load_model(ours)
     expected, before = sample.load_model(trained)
