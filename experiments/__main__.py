@@ -1,98 +1,116 @@
 """
 The paper's claims at laptop scale: what was claimed, what was measured, and the verdict.
 
-    python -m experiments               # the table of what was run
-    python -m experiments --run         # run everything, one after the other; resumes
-    python -m experiments --quick       # a smoke run of everything, in minutes
-    python -m experiments --readme      # write the table into experiments/README.md
-
-A verdict is "seen" if every seed of the one side beats every seed of the other, by each measure;
-"not seen at this scale" if it is the other way round; "unclear" otherwise.
+    python -m experiments                       # the verdicts on what was run
+    python -m experiments heads [NAME ...]      # run experiments; they resume, and share trainings
+    python -m experiments --photos IMAGES all   # all of them, in the order below
+    python -m experiments --quick               # a smoke run of all, in a minute
+    python -m experiments --readme              # write the tables into experiments/README.md
 """
 
 import importlib
 import json
+import os
+import platform
 import re
+import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.harness import NOT_RUN, SEEN, Claim, conduct
-from sample import option, parse_options, run_main, save_atomically
+import matplotlib.pyplot as plt
+import torch
 
-NAMES = ("overfit", "heads", "placement", "head_size", "patch_size", "patch_or_image", "features",
-         "prediction", "head_init", "samplers", "gaussian")
-RESULTS = Path(__file__).parent / "results"
+from experiments.lab import Lab, Options, write_json
+from experiments.report import claims_table, plot_rows, rows_table
+from sample import at_least, parse_options, run_main, save_atomically
+
+NAMES = ("heads", "learning_rate", "crossover", "geometry", "kinds", "placement", "head_size",
+         "patch_size", "patch_or_image", "toy", "features", "prediction", "head_init", "samplers",
+         "gaussian", "overfit")
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- python -m experiments --readme -->", "<!-- end -->"
+RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass
-class Options:
-    run: bool = option(False, "run all experiments on the embedded set, and heads on --data")
-    data: str | None = option(None, "image folder, with --run", metavar="DIR")
-    quick: bool = option(False, "a smoke run of each; writes nothing")
-    readme: bool = option(False, "write the table into experiments/README.md")
+def hardware(device):
+    """The processor, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
-def all_claims():
-    """Every experiment's claims, in the order of NAMES, judged by the results that are there."""
-    results = [json.loads(path.read_text())
-               for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem)]
-    found = []
+def load(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+def run(name, lab):
+    """Run an experiment; write its JSON and its PNG."""
+    experiment, options = load(name), lab.options
+    path, picture = Path(options.results, f"{name}.json"), Path(options.pictures, f"{name}.png")
+    measure = getattr(experiment, "measure", lambda lab, experiment: dict(
+        rows=lab.rows(experiment), classifiers=lab.calibrate(experiment)))
+    results = dict(num=options.num, hardware=hardware(lab.processes.device),
+                   torch=torch.__version__, compiled=options.compile) | measure(lab, experiment)
+    if not results["rows"]:
+        print(f"{name}: left out, it needs --photos DIR")
+        return
+    groups = {row["group"] for row in results["rows"]}
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results["rows"] += [row for row in old["rows"] if row["group"] not in groups]
+    if "classifiers" in results:
+        results["classifiers"] = old.get("classifiers", {}) | results["classifiers"]
+    write_json(path, results)
+    figure = getattr(experiment, "draw", plot_rows)(json.loads(path.read_text()), lab)
+    save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    plt.close(figure)
+    print(f"{name}: wrote {path} and {picture}", flush=True)
+
+
+def tables():
+    """{name: its claims and its rows as Markdown}, of every experiment that was run."""
+    found = {}
     for name in NAMES:
-        mine = [result for result in results if result["experiment"] == name]
-        for result in mine:
-            found += importlib.import_module(f"experiments.{name}").claims(result)
-        if not mine:
-            found.append(Claim(f"`python -m experiments.{name}`", "-", "-", "-", NOT_RUN, NOT_RUN))
-    if not any(row.get("regime") == "S" for result in results for row in result["rows"]):
-        found.append(Claim("a U-Net head is better than none", "DiP-S's size, a hundred classes at "
-                           "64 x 64, on a GPU", "Table 2", "FID 2.16 against 5.28", NOT_RUN,
-                           NOT_RUN))
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            results = json.loads(path.read_text())
+            found[name] = f"{claims_table(load(name), results)}\n\n{rows_table(results)}"
     return found
 
 
-def table():
-    """The table as Markdown."""
-    lines = ["| claim | our models and images | source | paper | ours | verdict |",
-             "|---|---|---|---|---|---|"]
-    for claim in all_claims():
-        verdict = f"**{claim.verdict}**" if claim.verdict == SEEN else claim.verdict
-        lines.append(f"| {claim.claim} | {claim.models} | {claim.source} | {claim.paper} "
-                     f"| {claim.ours} | {verdict} |")
-    return "\n".join(lines)
-
-
 def into_readme(text):
-    """README.md's text with the table between its marks."""
-    return re.sub(f"(?s)({re.escape(BEGIN)}\n).*(\n{re.escape(END)})",
-                  lambda m: m[1] + table() + m[2], text)
+    """README.md's text with the tables between their marks."""
+    for name, table in tables().items():
+        text, found = re.subn(rf"(?s)<!-- {name} -->\n.*?<!-- end -->",
+                              lambda _: f"<!-- {name} -->\n\n{table}\n\n<!-- end -->", text)
+        if found != 1:
+            raise ValueError(f"{README} needs one pair of <!-- {name} --> and <!-- end -->")
+    return text
 
 
 def main():
-    options = parse_options(Options, __doc__)
-    if options.data and not options.run:
-        raise ValueError("--data is for --run")
-    if options.run and options.quick:
-        raise ValueError("--run and --quick: one of them")
-    if options.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in NAMES:
-                conduct(name, ["--quick"], folder)
-    elif options.run:
-        if options.data:                                     # first: what is wrong shows at once
-            photos = ["--data", options.data, "--no-costs"]
-            conduct("heads", photos)
-            conduct("heads", [*photos, "--steps", "2000", "--regimes", "wide"])
-        for name in NAMES:
-            conduct(name, [])
+    names = [word for word in sys.argv[1:] if word in ("all", *NAMES)]
+    options = parse_options(Options, __doc__, [w for w in sys.argv[1:] if w not in names])
+    at_least(1, seeds=options.seeds)
+    at_least(20, num=options.num)
+    plt.switch_backend("Agg")
+    if "all" in names:
+        names = NAMES
+    elif options.quick and not names:                        # learning_rate has heads' models
+        names = [name for name in NAMES if name != "learning_rate"]
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.quick:
+            options.seeds, options.num = 1, 20
+            options.runs = options.results = options.pictures = scratch
+        for name in names:
+            run(name, Lab(options))
     if options.readme:
         text = into_readme(README.read_text())
         save_atomically(README, lambda path: path.write_text(text))
         print(f"wrote {README}")
-    elif not options.quick:
-        print(table())
+    elif not names:
+        for name, table in tables().items():
+            print(f"{name}\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """
 Fig. 4 and 8: do the tokens of a DiP tell the classes apart better than those of a DiT-only?
 
-    python -m experiments.features      # embedded shapes
+    python -m experiments features
 
-Features are the tokens after the last block, averaged over the image, for noisy images (t = 0.3)
-without their label: with it, the tokens would know the class from being told.  A linear probe is
-fitted to the features of training images and names held-out ones; the silhouette (how much nearer
-an image is to its own class than to the next, from -1 to 1) and the picture are of held-out images.
-The picture's two axes are linear discriminants, fitted to the training images.
+The tokens after the last block, averaged over the image, of noisy held-out images (t = 0.3) without
+a label.  Accuracy: of a ridge regression to one-hot labels, fitted to tokens of training images.
+Silhouette: from -1 to 1, above 0 for clusters.  The picture shows the plane of the two linear
+discriminants, fitted to training images; the paper draws t-SNE, which needs no labels and shows
+clusters that linear discriminants may not.
+
+Cost: the trainings of placement.py.
 """
-
-from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,33 +19,36 @@ import torch
 from scipy.spatial.distance import cdist
 
 from dip import interpolate
-from experiments.harness import COLOURS, REGIMES, Claim, DataOptions, better, conduct, numbers_of
+from experiments.lab import STEPS
 from experiments.placement import MODELS
-from sample import run_main
-from train import Examples, default_collate
+from experiments.report import COLOURS, Claim, find
+from train import Examples, ShapesData, default_collate
 
-TIME, FITTED, HELD_OUT = 0.3, 1000, 500
-Options = DataOptions
+TIME = 0.3
+CLAIMS = [Claim(f"tokens of {a} tell the classes apart better than those of {b}", a, b, measure,
+                source, "a picture")
+          for a, b, source in (("post-hoc", "no head", "Fig. 4"), ("post-hoc", "hybrid", "Fig. 8"),
+                               ("intermediate", "hybrid", "Fig. 8"))
+          for measure in ("probe", "silhouette")]
 
 
 @torch.no_grad()
-def tokens(model, examples, n):
+def tokens(net, examples, n):
     """(features (n, D), labels (n,)) of noisy images: tokens after the last block, averaged."""
-    seen, labels = [], []
-    hook = model.output.register_forward_pre_hook(lambda _, args: seen.append(args[1].mean(dim=1)))
-    device = next(model.parameters()).device
+    seen, labels, device = [], [], next(net.parameters()).device
+    hook = net.output.register_forward_pre_hook(lambda _, args: seen.append(args[1].mean(dim=1)))
     for start in range(0, n, 100):
         chunk = [examples[k] for k in range(start, min(start + 100, n))]
-        x_0, y, noise, *_ = examples.on_device(default_collate(chunk), "cpu")
-        t, null = torch.full((len(y),), TIME), torch.full_like(y, model.config.num_classes)
-        model(interpolate(x_0, noise, t).to(device), t.to(device), null.to(device))
+        x_0, y, noise, *_ = examples.on_device(default_collate(chunk), device)
+        t, null = torch.full((len(y),), TIME, device=device), torch.full_like(y, 10)
+        net(interpolate(x_0, noise, t), t, null)
         labels.append(y)
     hook.remove()
-    return torch.cat(seen).double().cpu().numpy(), torch.cat(labels).numpy()
+    return torch.cat(seen).double().cpu().numpy(), torch.cat(labels).cpu().numpy()
 
 
 def probe(x, y, x_new, y_new):
-    """Share of y_new that a ridge regression to one-hot labels, fitted to x and y, names right."""
+    """Fraction of y_new that a ridge regression to one-hot labels, fitted to x and y, names."""
     targets = np.eye(y.max() + 1)[y] - np.bincount(y) / len(y)
     weights = np.linalg.solve(x.T @ x + 0.01 * len(x) * np.eye(x.shape[1]), x.T @ targets)
     return float(((x_new @ weights + np.bincount(y) / len(y)).argmax(axis=1) == y_new).mean())
@@ -71,68 +74,35 @@ def discriminants(x, y):
     return scipy.linalg.eigh(np.cov(nearest.T), inside)[1][:, :-3:-1]
 
 
-def measure(lab):
-    training, held_out = (Examples(data, 0, "features") for data in lab.data)
-    fitted, new = (60, 60) if lab.options.quick else (FITTED, HELD_OUT)
-    rows, clouds = [], []
-    for regime, base in REGIMES.items():
-        for name, change in MODELS.items():
-            config = base.replace(num_classes=len(lab.data[0].classes), **change)
-            for seed in lab.seeds:
-                model = lab.train(config, seed)[0]
-                (x, y), (x_new, y_new) = (tokens(model, training, fitted),
-                                          tokens(model, held_out, new))
-                mean, std = x.mean(axis=0), x.std(axis=0) + 1e-9
-                x, x_new = (x - mean) / std, (x_new - mean) / std
-                rows.append(dict(regime=regime, model=name, seed=seed,
-                                 probe=probe(x, y, x_new, y_new),
-                                 silhouette=silhouette(x_new, y_new)))
-                print(rows[-1], flush=True)
-                if seed == 0:
-                    flat = np.round(x_new @ discriminants(x, y), 2)
-                    clouds.append(dict(regime=regime, model=name, labels=y_new.tolist(),
-                                       x=flat[:, 0].tolist(), y=flat[:, 1].tolist()))
-    return dict(time=TIME, fitted=fitted, held_out=new, names=lab.data[0].names, rows=rows,
-                clouds=clouds)
-
-
-def claims(results):
-    rows, measures, found = results["rows"], ("probe", "silhouette"), []
-    for regime in REGIMES:
-        ours, verdict = better(rows, "post-hoc", "no head", measures, regime=regime)
-        found.append(Claim("tokens of a DiP separate the classes better than those of a DiT-only",
-                           f"{regime}, {results['setting']}", "Fig. 4", "a picture", ours,
-                           verdict))
-        for name in ("post-hoc", "intermediate"):
-            ours, verdict = better(rows, name, "hybrid", measures, regime=regime)
-            found.append(Claim(f"tokens of {name} placement separate the classes better than those "
-                               f"of hybrid", f"{regime}, {results['setting']}", "Fig. 8",
-                               "a picture", ours, verdict))
-    return found
+def measure(lab, experiment):
+    rows, clouds, (fitted, held_out) = [], [], (60, 60) if lab.quick else (1000, 500)
+    for group, name, model, seed in lab.runs(experiment):
+        sets = [Examples(data, 0, "features")
+                for data in lab.data(model.data, model.config.image_size)]
+        net = lab.train(model, seed, STEPS)[0]
+        (x, y), (x_new, y_new) = (tokens(net, *pair) for pair in zip(sets, (fitted, held_out)))
+        mean, std = x.mean(axis=0), x.std(axis=0) + 1e-9
+        x, x_new = (x - mean) / std, (x_new - mean) / std
+        rows.append(dict(group=group, model=name, seed=seed, steps=STEPS,
+                         probe=probe(x, y, x_new, y_new), silhouette=silhouette(x_new, y_new)))
+        if seed == 0:
+            flat = np.round(x_new @ discriminants(x, y), 2)
+            clouds.append(dict(group=group, model=name, labels=y_new.tolist(), x=flat.T.tolist()))
+    return dict(rows=rows, clouds=clouds)
 
 
 def draw(results, lab):
-    """Held-out images in the plane of the discriminants: a row a regime, a column a model."""
-    colours = [*COLOURS, "#F0E442", "#882255"]
-    figure, panels = plt.subplots(len(REGIMES), len(MODELS), figsize=(10, 5.6),
-                                  layout="constrained")
+    """Held-out images in the plane of the discriminants: a row a group, a column a model."""
+    colours, names = [*COLOURS, "#F0E442", "#882255"], ShapesData.names
+    figure, panels = plt.subplots(len(MODELS), 4, figsize=(10, 5.6), layout="constrained")
     for axes, cloud in zip(panels.ravel(), results["clouds"]):
-        for k, name in enumerate(results["names"]):
+        for k, name in enumerate(names):
             mine = np.array(cloud["labels"]) == k
-            axes.plot(np.array(cloud["x"])[mine], np.array(cloud["y"])[mine], ".", markersize=3,
-                      color=colours[k % len(colours)], label=name)
-        accuracy, = numbers_of(results["rows"], "probe", regime=cloud["regime"],
-                               model=cloud["model"], seed=0)
-        axes.set_title(f"{cloud['model']}, {cloud['regime']} tokens\n"
-                       f"seed 0, accuracy {accuracy:.2f}", size=9)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=8, markerscale=3)
+            axes.plot(*np.array(cloud["x"])[:, mine], ".", markersize=3, color=colours[k],
+                      label=name)
+        row = find(results["rows"], group=cloud["group"], model=cloud["model"], seed=0)[0]
+        axes.set_title(f"{cloud['model']}, {cloud['group']}\naccuracy {row['probe']:.2f}", size=9)
+        axes.set(xticks=[], yticks=[])
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center",
+                  fontsize=8, markerscale=3)
     return figure
-
-
-main = partial(conduct, "features")
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,16 +1,16 @@
 """
 Do networks behave like the Gaussian model of Appendix A?  (theory/README.md has the theory.)
 
-    python -m experiments.gaussian              # 12 runs, about 25 minutes on 2 cores; resumes
+    python -m experiments gaussian
 
 Images are drawn exactly from Assumptions A.3 and A.4, in the basis of the two-dimensional DCT, so
 the optimal velocity is known in closed form: coefficient by coefficient, Eq. (16).  A DiT-only and
-a DiP, with tokens narrower (32) and wider (96) than the 48 values of a patch, are trained alike
-from three seeds.  What is measured is the excess of their loss over the smallest possible one, by
-frequency and by t.  Writes experiments/results/gaussian.json and assets/gaussian.png.
-"""
+a DiP, with tokens narrower (32) and wider (96) than the 48 dimensions of a patch, are trained
+alike.  What is measured is the excess of their loss over the smallest possible one, by frequency
+and by t.
 
-from functools import partial
+Cost: 12 trainings of 1500 steps, about half an hour of one core.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,17 +18,13 @@ import scipy.fft
 import torch
 
 from dip import DiPConfig
-from experiments import harness
-from experiments.harness import COLOURS, Claim, RunOptions, better, conduct
-from sample import random_stream, run_main
+from experiments.lab import Model
+from experiments.report import COLOURS, Claim, find
+from sample import random_stream
 
 SIZE, ALPHA, VARIANCE = 16, 1.5, 0.25        # pixels a side; decay; variance of a pixel
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-WIDTHS, STEPS = (32, 96), 1500
-TRAINING = dict(batch_size=64, micro_batch=64, lr=1e-3, warmup=100, label_dropout=0.0)
-BANDS = (0, 1, 4, 16, 64, 128, 256)          # borders of the bands, in the order of frequency
-MODELS = "DiT-only", "DiP"
-DATA, Options = "Gaussian images", RunOptions
+TIMES = 0.1, 0.3, 0.5, 0.7, 0.9
+BANDS = 0, 1, 4, 16, 64, 128, 256            # borders of the bands, in the order of frequency
 
 
 def eigenvalues():
@@ -61,13 +57,28 @@ class GaussianData:
         return ((x_0 + 1) * 127.5).astype(np.float32), 0
 
 
+def models(width):
+    base = DiPConfig(image_size=SIZE, patch_size=4, hidden_size=width, depth=4, num_heads=4,
+                     num_classes=1, head="none")
+    training = dict(batch_size=64, micro_batch=64, warmup=100, label_dropout=0.0)
+    unet = base.replace(head="unet", head_width=16, head_depth=2)
+    return {kind: Model(config, 1e-3, GaussianData(), training=training)
+            for kind, config in (("DiT-only", base), ("DiP", unet))}
+
+
+MODELS = {f"tokens of {width}": models(width) for width in (32, 96)}
+MARKS = 1500,
+CLAIMS = [Claim(f"a DiP is nearer to the optimal velocity at t = {t}", "DiP", "DiT-only",
+                f"excess at t = {t}", "Remark A.7", "no figure") for t in (0.9, 0.5, 0.1)]
+
+
 def spectrum(x):
     """(B, 3, SIZE, SIZE) -> DCT coefficients"""
     return scipy.fft.dctn(x.numpy(), axes=(2, 3), norm="ortho")
 
 
 @torch.no_grad()
-def excess(model, n):
+def excess(net, n):
     """(times, SIZE, SIZE): E |v - v*|^2 per coefficient, over n fresh images and three channels."""
     values, result = eigenvalues()[0], []
     for t in TIMES:
@@ -76,7 +87,7 @@ def excess(model, n):
         noise = torch.randn(n, 3, SIZE, SIZE, generator=g)
         x_0 = torch.from_numpy(scipy.fft.idctn(x_0, axes=(2, 3), norm="ortho")).float()
         x_t = (1 - t) * x_0 + t * noise
-        v = model(x_t, torch.full((n,), t), torch.zeros(n, dtype=torch.long))
+        v = net(x_t, torch.full((n,), t), torch.zeros(n, dtype=torch.long))
         best = spectrum(x_t) * (t - (1 - t) * values) / ((1 - t) ** 2 * values + t**2)
         result.append(((spectrum(v) - best) ** 2).mean(axis=(0, 1)))
     return np.stack(result)
@@ -88,91 +99,41 @@ def smallest_loss():
     return values / ((1 - t) ** 2 * values + t**2)
 
 
-def width_bound(width):
-    """(times,): the least excess, a coefficient, of any model whose last layer is linear in tokens
-    of that width, as DiT's is: of the 48 directions of v* in a patch it must miss the weakest."""
-    values, basis = eigenvalues()[0].ravel(), scipy.fft.idct(np.eye(SIZE), axis=0, norm="ortho")
-    U, found = np.kron(basis, basis), []
-    patches = np.arange(SIZE**2).reshape(SIZE // 4, 4, SIZE // 4, 4).swapaxes(1, 2).reshape(-1, 16)
-    for t in TIMES:
-        variance = (t - (1 - t) * values) ** 2 / ((1 - t) ** 2 * values + t**2)      # of v*
-        per_patch = [np.linalg.eigvalsh((U[p] * variance) @ U[p].T) for p in patches]
-        missed = [np.sort(np.tile(x, 3))[:max(0, 48 - width)].sum() / 48 for x in per_patch]
-        found.append(float(np.mean(missed)))
-    return found
-
-
 def in_bands(x):
     """(times, SIZE, SIZE) -> (times, bands), means over the coefficients of a band"""
-    order = eigenvalues()[1]
-    x = x.reshape(len(TIMES), -1)[:, order]
+    x = x.reshape(len(TIMES), -1)[:, eigenvalues()[1]]
     return [[float(row[a:b].mean()) for a, b in zip(BANDS, BANDS[1:])] for row in x]
 
 
-def measure(lab):
-    rows, n = [], 32 if lab.options.quick else 1000
-    for width in WIDTHS:
-        for kind in MODELS:
-            head = dict(head="unet", head_width=16, head_depth=2) if kind == "DiP" else dict(
-                head="none", head_width=0, head_depth=0)
-            config = DiPConfig(image_size=SIZE, patch_size=4, hidden_size=width, depth=4,
-                               num_heads=4, num_classes=1, **head)
-            for seed in lab.seeds:
-                model = lab.train(config, seed, lab.steps(STEPS), data=GaussianData(),
-                                  **TRAINING)[0].cpu()
-                weights = sum(p.numel() for p in model.parameters())
-                found = excess(model, n)
-                rows.append(dict(model=kind, width=width, seed=seed, parameters=weights,
-                                 excess=in_bands(found), total=found.mean(axis=(1, 2)).tolist()))
-                print(f"{kind:<9} tokens of {width:<3} seed {seed}: excess by t "
-                      + " ".join(f"{x:.4f}" for x in rows[-1]["total"]), flush=True)
-    return dict(
-        size=SIZE, times=TIMES, bands=BANDS,
-        training=harness.TRAINING | TRAINING, n=n, alpha=ALPHA, pixel_variance=VARIANCE,
-        rows=rows, smallest_loss=in_bands(smallest_loss()),
-        width_bound={str(width): width_bound(width) for width in WIDTHS})
-
-
-def claims(results):
-    """Appendix A: what the head is said to do, where t is not small and where it is."""
-    found = []
-    for width, regime in zip(WIDTHS, ("narrow", "wide")):
-        for t in (0.9, 0.5, 0.1):
-            rows = [row | {"excess": row["total"][TIMES.index(t)]} for row in results["rows"]]
-            ours, verdict = better(rows, "DiP", "DiT-only", ("excess",), width=width)
-            found.append(Claim(
-                f"a DiP is nearer to the optimal velocity than a DiT-only at t = {t}",
-                f"{regime} ({width}), {results['setting']}", "Remark A.7", "no figure", ours,
-                verdict))
-    return found
+def measure(lab, experiment):
+    rows, steps = [], MARKS[0]
+    for group, name, model, seed in lab.runs(experiment):
+        found = excess(lab.train(model, seed, steps)[0].cpu(), 32 if lab.quick else 1000)
+        total = found.mean(axis=(1, 2)).tolist()
+        rows.append(dict(group=group, model=name, seed=seed, steps=steps, excess=in_bands(found),
+                         total=total, **{f"excess at t = {t}": x for t, x in zip(TIMES, total)}))
+    return dict(rows=rows, times=TIMES, bands=BANDS, smallest_loss=in_bands(smallest_loss()))
 
 
 def draw(results, lab):
     """Excess by frequency: a row for each width, a column for some times."""
     columns = [TIMES.index(t) for t in (0.1, 0.5, 0.9)]
-    figure, panels = plt.subplots(len(WIDTHS), len(columns), figsize=(9, 5), sharex=True,
+    figure, panels = plt.subplots(len(MODELS), len(columns), figsize=(9, 5), sharex=True,
                                   sharey=True, layout="constrained")
     names = [f"{a + 1}-{b}" if b > a + 1 else str(b) for a, b in zip(BANDS, BANDS[1:])]
-    for row, width in zip(panels, WIDTHS):
-        for axes, k in zip(row, columns):
-            for kind, colour, marker in zip(MODELS, (COLOURS[1], COLOURS[0]), "so"):
-                runs = np.array([r["excess"] for r in results["rows"]
-                                 if (r["model"], r["width"]) == (kind, width)])[:, k]
+    for line, group in zip(panels, MODELS):
+        for axes, k in zip(line, columns):
+            for kind, colour, marker in (("DiT-only", COLOURS[1], "s"), ("DiP", COLOURS[0], "o")):
+                runs = [row["excess"] for row in find(results["rows"], group=group, model=kind)]
+                runs = np.array(runs)[:, k]
                 axes.plot(names, runs.mean(0), color=colour, marker=marker, label=kind)
                 axes.fill_between(names, runs.min(0), runs.max(0), color=colour, alpha=0.25)
             axes.plot(names, results["smallest_loss"][k], "k:", label="smallest possible loss")
-            axes.set(yscale="log", title=f"t = {TIMES[k]}, tokens of {width}")
+            axes.set(yscale="log", title=f"t = {TIMES[k]}, {group}")
             axes.grid(alpha=0.3)
+        line[0].set_ylabel("excess loss a coefficient")
     for axes in panels[-1]:
         axes.set_xlabel("frequency, in order")
         axes.tick_params(axis="x", rotation=45)
-    for row in panels:
-        row[0].set_ylabel("excess loss a coefficient")
     panels[0][0].legend(fontsize=8)
     return figure
-
-
-main = partial(conduct, "gaussian")
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,14 +1,13 @@
 """
-What the Patch Detailer Head costs: forward passes of two presets, side by side in one run.
+What the Patch Detailer Head costs: passes of several presets, in turns in one run.
 
     python -m experiments.speed     # DiP-XL/16 against DiT-XL/16, one image
-    python -m experiments.speed --presets DiT-XL/16 DiP-XL/16-attention --batch 4 --train
-    python -m experiments.speed --presets DiP-B/16 DiP-B/16 --batch 4 --train --grad-checkpoint
-    python -m experiments.speed --plan DiP-XL/16 --micro-batch 32       # predict a training step
+    python -m experiments.speed --presets DiT-XL/16 DiP-XL/16 DiP-XL/16-coordinate --train
+    python -m experiments.speed --plan DiP-XL/16 DiP-B/16           # predict training steps
 
-The two models take turns, so that whatever else the machine does touches both; the ratio is that
-of the median times.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA), and
-counts the weights.  Weights are random: they cost the same.
+The models take turns, so that whatever else the machine does touches all; ratios are those of the
+median times to the first.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA),
+and counts the weights.  Weights are random: they cost the same.
 
 --plan measures nothing.  A training step under bf16 autocast is run on fake tensors, which have
 shapes and no values: peak memory is torch's MemTracker's, time is that of a roofline, in which each
@@ -41,24 +40,24 @@ from train import prepare as prepare_model
 
 @dataclass
 class Options:
-    presets: tuple = option(("DiT-XL/16", "DiP-XL/16"), "the two to compare", nargs=2,
-                            metavar=("A", "B"))
+    presets: tuple = option(("DiT-XL/16", "DiP-XL/16"), "those to compare", nargs="+",
+                            metavar="MODEL")
     batch: int = option(1, "images per forward pass")
     repeat: int = option(10, "turns; the first of each is not counted")
     train: bool = option(False, "forward and backward pass of the loss")
-    grad_checkpoint: bool = option(False, "the second recomputes its activations, with --train")
+    grad_checkpoint: bool = option(False, "recompute activations, with --train")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    plan: str | None = option(None, "predict the training of this preset", metavar="MODEL",
-                              group="prediction")
+    plan: tuple = option((), "predict the training of these presets", nargs="+", metavar="MODEL",
+                         group="prediction")
     micro_batch: int = option(32, "images at once")
     card: str = option("H100", "whose rates are taken", choices=("A100", "H100", "H200"))
 
 
-def prepare(config, recompute, options, device):
+def prepare(config, options, device):
     """A function that runs one pass of a model and returns its seconds."""
     torch.manual_seed(0)
     model = DiP(config).to(device)
-    if recompute:
+    if options.grad_checkpoint:
         prepare_model(model, TrainOptions(grad_checkpoint=True), Processes(0, 1, device))
     x = torch.randn(options.batch, 3, config.image_size, config.image_size, device=device)
     t = torch.rand(options.batch, device=device)
@@ -80,8 +79,8 @@ def prepare(config, recompute, options, device):
     return one_pass
 
 
-def memory_of_one_pass(config, recompute, options, device):
-    """(before, at its peak) in bytes, of one pass of a model, here and now."""
+def memory_of_one_pass(config, options, device):
+    """Peak bytes of one pass of a model, here and now."""
     def used():
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated()
@@ -91,9 +90,8 @@ def memory_of_one_pass(config, recompute, options, device):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    one_pass, before = prepare(config, recompute, options, device), used()
-    one_pass()
-    return before, used()
+    prepare(config, options, device)()
+    return used()
 
 
 def peak_memory(*arguments):
@@ -171,40 +169,40 @@ def plan(config, micro_batch, grad_checkpoint, card):
 
 
 def print_plan(options):
-    check_choice("--plan", options.plan, PRESETS)
-    at_least(1, micro_batch=options.micro_batch)
-    peak, roofline = plan(PRESETS[options.plan], options.micro_batch, options.grad_checkpoint,
-                          options.card)
-    print(f"predicted, not measured: a training step of {options.plan}, micro-batch "
-          f"{options.micro_batch}{', --grad-checkpoint' * options.grad_checkpoint}, bf16 autocast")
-    print(f"peak memory  {peak / 2**30:.1f} GiB")
-    print(f"FLOPs        {roofline.flops / 1e12:.1f} T")
-    print(f"kernels      {roofline.launches}")
-    print(f"time         {roofline.seconds * 1e3:.0f} ms at least on one {options.card}: "
-          f"{options.micro_batch / roofline.seconds:.0f} images/s at most")
+    """A Markdown table: a line a preset, plain and with --grad-checkpoint."""
+    print(f"| predicted, micro-batch {options.micro_batch} | peak memory | FLOPs | kernels | "
+          f"ms on one {options.card}, at least | images/s, at most |\n|---|---|---|---|---|---|")
+    for name in options.plan:
+        for recompute in (False, True):
+            peak, roofline = plan(PRESETS[name], options.micro_batch, recompute, options.card)
+            print(f"| {name}{', --grad-checkpoint' * recompute} | {peak / 2**30:.1f} GiB | "
+                  f"{roofline.flops / 1e12:.1f} T | {roofline.launches} | "
+                  f"{roofline.seconds * 1e3:.0f} | "
+                  f"{options.micro_batch / roofline.seconds:.0f} |", flush=True)
 
 
 def main():
     options = parse_options(Options, __doc__)
+    for field in ("presets", "plan"):
+        for name in getattr(options, field):
+            check_choice(f"--{field}", name, PRESETS)
+    at_least(2, repeat=options.repeat)
+    at_least(1, batch=options.batch, micro_batch=options.micro_batch)
     if options.plan:
         return print_plan(options)
-    for name in options.presets:
-        check_choice("--presets", name, PRESETS)
-    at_least(2, repeat=options.repeat)
     device = start_processes(options.device).device
-    pair = [(PRESETS[name], recompute)
-            for name, recompute in zip(options.presets, (False, options.grad_checkpoint))]
-    memory = [peak_memory(*model, options, device)[1] for model in pair]
-    times = take_turns([prepare(*model, options, device) for model in pair], options.repeat)
+    configs = [PRESETS[name] for name in options.presets]
+    memory = [peak_memory(config, options, device) for config in configs]
+    times = take_turns([prepare(config, options, device) for config in configs], options.repeat)
     what = "forward + backward" if options.train else "forward"
     print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, "
           f"n = {len(times)} after 1 warm-up")
-    for name, (_, recompute), seconds, peak in zip(options.presets, pair, zip(*times), memory):
-        print(f"{name + ' recomputed' * recompute:<22} median {statistics.median(seconds):7.3f} s  "
-              f"(min {min(seconds):.3f}, max {max(seconds):.3f})   "
-              f"peak memory {peak / 2**30:.2f} GiB")
-    a, b = (statistics.median(seconds) for seconds in zip(*times))
-    print(f"the second over the first: time {b / a:.3f}, memory {memory[1] / memory[0]:.3f}")
+    first = statistics.median(next(zip(*times)))
+    for name, seconds, peak in zip(options.presets, zip(*times), memory):
+        median = statistics.median(seconds)
+        print(f"{name:<22} median {median:7.3f} s  (min {min(seconds):.3f}, max {max(seconds):.3f})"
+              f"   peak memory {peak / 2**30:5.2f} GiB   to the first: time {median / first:.3f}, "
+              f"memory {peak / memory[0]:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""
+Does the head help where tokens are wider than their patch, as in the paper?
+
+    python -m experiments heads --photos IMAGES
+
+Wide tokens with no head; the released U-Net head in the paper's proportion; that head added to
+DiT's own last layer ("sum": both start at 0); the head and, in the place of REPA, a loss that
+aligns the last tokens with features of a small classifier (shapes only); and no head but 8 blocks
+instead of 4 ("deeper", the least depth with the FLOPs of the head).  Each at its own learning rate,
+chosen on a seed that is not judged (learning_rate.py).  The paper: the head is better than either.
+
+Cost: 27 trainings of 2000 steps, about 2.5 hours of one core.
+"""
+
+import sys
+
+import matplotlib.pyplot as plt
+import torch.nn as nn
+
+from dip import DiP, FinalLayer, PatchDetailerHead
+from experiments.lab import UNET, WIDE, Model
+from experiments.report import Claim, find, plot_by_t, plot_dots, plot_strip
+
+
+class Both(nn.Module):
+    """DiT's own last layer and a head, added; both give 0 at first."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.plain, self.detailer = FinalLayer(config), PatchDetailerHead(config)
+
+    def forward(self, *inputs):
+        return self.plain(*inputs) + self.detailer(*inputs)
+
+
+class Sum(DiP):
+    """A DiP that ends in both."""
+
+    def initialize_weights(self):
+        self.output = Both(self.config)
+        super().initialize_weights()
+        for layer in (self.output.plain.linear, self.output.detailer.head.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def models(data, rates):
+    unet = WIDE.replace(**UNET)
+    kinds = {"none": dict(config=WIDE), "unet": dict(config=unet),
+             "sum": dict(config=unet, build=Sum),
+             "unet + token loss": dict(config=unet.replace(repa_dim=64), token_loss=True),
+             "deeper": dict(config=WIDE.replace(depth=8))}
+    return {name: Model(**kinds[name], lr=lr, data=data) for name, lr in rates.items()}
+
+
+# the best of 1e-3, 3e-3 and 6e-3 after 500 steps of seed 9
+RATES = {"shapes": {"none": 6e-3, "unet": 3e-3, "sum": 6e-3, "unet + token loss": 3e-3,
+                    "deeper": 6e-3},
+         "photos": {"none": 3e-3, "unet": 3e-3, "sum": 6e-3, "deeper": 3e-3}}
+MODELS = {f"wide, {data}": models(data, rates) for data, rates in RATES.items()}
+MARKS = 500, 2000
+CLAIMS = [
+    Claim(f"{text}: {what}", a, b, measure, "Table 2", paper, steps=steps)
+    for text, a, b, paper in (
+        ("the U-Net head is better than none", "unet", "none", "FID 2.16 against 5.28"),
+        ("the U-Net head is better than as many FLOPs of DiT", "unet", "deeper",
+         "FID 2.16 against 4.91"),
+        ("the sum is better than none", "sum", "none", "-"),
+        ("the sum is better than the head alone", "sum", "unet", "-"),
+        ("the sum is better than as many FLOPs of DiT", "sum", "deeper", "-"))
+    for measure, what, marks in (("frechet", "samples", MARKS[-1:]), ("loss", "loss", MARKS),
+                                 ("detail", "detail", MARKS))
+    for steps in marks]
+CLAIMS += [    # not by samples: their judge is the classifier whose features the tokens learn
+    Claim(f"a token loss makes the U-Net head better: {measure}", "unet + token loss", "unet",
+          measure) for measure in ("loss", "detail")]
+
+
+def draw(results, lab):
+    """The main figure: loss by t over that of no head, and Frechet distances, a column a data set;
+    below, samples of seed 0."""
+    groups = list(dict.fromkeys(group for group, *_ in lab.runs(sys.modules[__name__])))
+    figure, panels = plt.subplots(3, len(groups), figsize=(5.2 * len(groups), 9), squeeze=False,
+                                  layout="constrained", height_ratios=(3, 1.2, 3))
+    for (upper, middle, lower), group in zip(panels.T, groups):
+        plot_by_t(upper, results, "none", group, MARKS[-1])
+        plot_dots(middle, find(results["rows"], group=group, steps=MARKS[-1]), "frechet")
+        plot_strip(lower, "samples of seed 0", {
+            name: lab.sample(lab.train(model, 0, MARKS[-1])[0], 10)
+            for name, model in MODELS[group].items()})
+    panels[0, 0].legend(fontsize=8)
+    return figure

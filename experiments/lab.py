@@ -1,0 +1,296 @@
+"""
+What the experiments share: models are trained alike and measured alike.
+
+Models that are compared see the same images, times and noise, which depend on the seed alone, and
+differ in what the experiment names.  The learning rate is constant, so that a training of 2000
+steps passes through that of 500: both are one folder of --runs, named after the model's settings,
+which every experiment that needs it shares.  The name knows nothing of the code: whoever changes
+that deletes the folder.  Of the averaged weights (over about the last tenth of the steps) are
+measured:
+
+    loss       flow matching loss, Eq. (5), of 500 held-out images with fixed times and noise
+    loss_by_t  the same in tenths of t
+    detail     the loss of those images whose t is below 0.3, about a sixth of them
+    frechet    Frechet distance of 1000 samples, half of them from each of two sampling seeds, to
+               held-out images, in 64 features of a small classifier
+    named      fraction of the samples that the classifier names as the class asked for
+    high       mean distance of the samples' power spectrum from that of held-out images, in its
+               upper half of the frequencies, in dB
+    seam       mean step between neighbouring pixels across patch borders over that inside patches,
+               in samples, over the same in held-out images, less 1: the nearer to 0 the better
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+import fid
+from dip import DiP, DiPConfig, cost
+from experiments.measures import moments, power_spectrum, seam_contrast
+from experiments.recognise import make_classifier, predict, train_classifier
+from sample import (generate, load_checkpoint, option, progress, save_atomically, start_processes,
+                    to_uint8)
+from train import (Examples, ShapesData, TrainOptions, fit, locked, mean_losses, open_data,
+                   validate)
+
+# -------------------------------------------------------------------------------------------------
+# Models: a token narrower than the 192 dimensions of its patch cannot even carry the noise through;
+# a wide one can, as the paper's (1152 > 768)
+
+WIDE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
+                 head="none")
+NARROW = WIDE.replace(hidden_size=96)
+# the paper's proportion: as in DiP-XL/16 (512 of 768), the bottleneck has 2/3 of a patch's
+# dimensions, 128 of 192
+UNET = dict(head="unet", head_width=32, head_depth=3)
+TRAINING = dict(batch_size=16, micro_batch=16, warmup=50, cooldown=0.0, time_mean=0.0, workers=0,
+                keep=1, log_every=100)
+SAMPLING = dict(sampler="ab2", steps=12)     # without guidance
+STEPS = 500                                  # of a training, where an experiment has no MARKS
+SNAPSHOT = 500                               # steps between the weights that are kept
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that a training depends on, except its seed and its length."""
+
+    config: DiPConfig
+    lr: float = 3e-3
+    data: object = "shapes"                  # or "photos", or an object with what ShapesData has
+    build: type = DiP                        # the class of the network
+    token_loss: bool = False                 # tokens aligned with a classifier's features
+    training: dict = field(default_factory=dict)             # changes to TRAINING
+
+    @property
+    def data_name(self):
+        return self.data if isinstance(self.data, str) else type(self.data).__name__
+
+    def digest(self):
+        """Ten hexadecimal digits that stand for all of it."""
+        settings = [dataclasses.asdict(self.config), self.lr, self.data_name, self.build.__name__,
+                    self.token_loss, TRAINING | self.training]
+        return hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------
+# The laboratory
+
+
+@dataclass
+class Options:
+    """What every experiment can be told."""
+
+    photos: str | None = option(None, "image folder with train/ and val/, for models of photos "
+                                      "[their rows stay as they are]", metavar="DIR")
+    seeds: int = option(3, "trainings of each model, of the seeds 0, 1, ...")
+    num: int = option(1000, "samples that are measured")
+    runs: str = option("runs/experiments", "folder of the trainings", metavar="DIR")
+    results: str = option("experiments/results", "folder of the JSON", metavar="DIR")
+    pictures: str = option("assets", "folder of the pictures", metavar="DIR")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    compile: bool = option(False, "torch.compile, block by block")
+    quick: bool = option(False, "a smoke run of seconds, which writes nothing")
+    readme: bool = option(False, "write the tables into experiments/README.md")
+
+
+class Cached:
+    """A data set whose images are read once."""
+
+    def __init__(self, data):
+        self.data, self.read = data, {}
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index not in self.read:
+            self.read[index] = self.data[index]
+        return self.read[index]
+
+
+class Lab:
+    """Trains and measures models; every result stays in --runs beside the weights."""
+
+    def __init__(self, options):
+        self.options, self.quick = options, options.quick
+        self.processes = start_processes(options.device)
+        self.data, self.eyes = cache(self.data), cache(self.eyes)
+
+    def data(self, name, size):
+        """(training set, validation set) of "shapes" or "photos"."""
+        if name == "shapes" or self.quick:
+            return open_data(None, size)
+        if not self.options.photos:
+            raise ValueError("models of photos need --photos DIR")
+        training, validation = open_data(self.options.photos, size)
+        if validation is None or len(training.classes) != WIDE.num_classes:
+            raise ValueError(f"--photos {self.options.photos} must have train/ and val/ of "
+                             f"{WIDE.num_classes} classes")
+        return Cached(training), Cached(validation)
+
+    def named(self, data):
+        """The data set in the names of files."""
+        photos = data == "photos" and self.options.photos
+        return Path(photos).resolve().name if photos else data
+
+    def eyes(self, name, size):
+        """Judges of samples: (classifier, its accuracy, held-out images, their moments)."""
+        training, validation = self.data(name, size)
+        count, path = len(training.classes), Path(
+            self.options.runs, f"classifier-{self.named(name)}-{size}.pt")
+        if not path.exists():
+            order = np.random.default_rng(1).permutation(len(training)).tolist()
+            shuffled, held_out, steps = Subset(training, order), validation, 600
+            if isinstance(validation, ShapesData):           # drawings that no model has seen
+                shuffled, steps = ShapesData(size, first=2 * 10**6), 300
+                held_out = ShapesData(size, 1000, first=3 * 10**6)
+            net, accuracy = train_classifier(shuffled, held_out, count, 2 if self.quick else steps)
+            save_atomically(path, lambda partial: torch.save(
+                dict(net=net.state_dict(), accuracy=accuracy), partial))
+        state = torch.load(path, weights_only=True)
+        net = make_classifier(count).eval()
+        net.load_state_dict(state["net"])
+        images = [validation[i][0] for i in range(50 if self.quick else len(validation))]
+        return net, state["accuracy"], np.stack(images), moments(net, np.stack(images))
+
+    def train(self, model, seed, steps):
+        """The averaged model after some steps, trained if it is not there, and its folder."""
+        if self.quick:
+            model, steps = dataclasses.replace(model, config=model.config.replace(depth=2)), 2
+        words = self.named(model.data_name), self.processes.device.type, model.digest(), seed
+        out = Path(self.options.runs, "-".join([model.config.head, *map(str, words)]))
+        path = out / f"ema-{steps}.pt"
+        if not path.exists():
+            self.fit(model, seed, steps, out)
+        net = model.build(model.config).to(self.processes.device).eval().requires_grad_(False)
+        net.load_state_dict(torch.load(path, weights_only=True, map_location=self.processes.device))
+        return net, out
+
+    def fit(self, model, seed, steps, out):
+        """Train, and keep the averaged weights every SNAPSHOT steps."""
+        config, encoder, data = model.config, None, (model.data, None)
+        if isinstance(model.data, str):
+            data = self.data(model.data, config.image_size)
+        if model.token_loss:                                 # three layers of it: (B, 64, H/8, W/8)
+            net = self.eyes(model.data, config.image_size)[0][:12].to(self.processes.device)
+            encoder = torch.no_grad()(lambda x: net(x.to(memory_format=torch.channels_last)))
+
+        def save(step, weights):
+            save_atomically(out / f"ema-{step}.pt", lambda path: torch.save(weights, path))
+
+        finished = out / f"ckpt-{steps:08d}.pt"
+        if finished.exists():                                # killed before its weights were kept
+            return save(steps, load_checkpoint(finished)["ema"])
+        settings = dict(TRAINING, compile=self.options.compile) | model.training
+        if self.quick:
+            settings |= dict(batch_size=2, micro_batch=2, compile=False)
+        torch.compiler.reset()
+        with locked(out):
+            fit(TrainOptions(image_size=config.image_size, steps=steps, seed=seed, lr=model.lr,
+                             sample_every=SNAPSHOT, save_every=SNAPSHOT, out=str(out), **settings),
+                config, *data, self.processes, encoder, build=model.build,
+                look=lambda out, step, ema, *_: save(step, ema.state_dict()))
+
+    def sample(self, net, num, seed=0, **settings):
+        """Samples i = 0 ... num - 1 of class i mod K.  -> uint8 (num, H, W, 3)"""
+        settings = SAMPLING | settings | (dict(steps=2) if self.quick else {})
+        K, parts = net.config.num_classes, [range(i, min(i + 50, num)) for i in range(0, num, 50)]
+        return np.concatenate([
+            to_uint8(generate(net, [i % K for i in part], part, seed, **settings))
+            for part in progress(parts, "sampling", leave=False)])
+
+    def losses(self, model, net):
+        """Of held-out images."""
+        data = self.data(model.data, model.config.image_size)[1]
+        sums = validate(net, Examples(data, 0, "val"), self.processes.device,
+                        limit=10 if self.quick else 500)
+        return dict(**mean_losses(sums), detail=(sums[0, :3].sum() / sums[2, :3].sum()).item())
+
+    def judge(self, model, images):
+        """Every measure of samples, of class i mod K in turn."""
+        net, _, real, statistics = self.eyes(model.data, model.config.image_size)
+        found = power_spectrum(images) / power_spectrum(real)
+        P, asked = model.config.patch_size, np.arange(len(images)) % model.config.num_classes
+        return dict(
+            frechet=fid.frechet_distance(*statistics, *moments(net, images)),
+            named=float((predict(net, images) == asked).mean()),
+            high=float(np.abs(10 * np.log10(found))[len(found) // 2:].mean()),
+            seam=float(abs(seam_contrast(images, P) / seam_contrast(real, P) - 1)))
+
+    def samples(self, net, **settings):
+        """--num samples for judge(), half of them from each of two seeds."""
+        half = self.options.num // 2
+        half -= half % net.config.num_classes                # i mod K in both
+        return np.concatenate([self.sample(net, half, seed, **settings) for seed in (0, 1)])
+
+    def once(self, path, measure):
+        """What measure() finds, kept in a file."""
+        if not path.exists():
+            write_json(path, measure())
+        return json.loads(path.read_text())
+
+    def row(self, model, seed, steps, sampled=True):
+        """Train a model and measure it; a loss of None where the training diverged."""
+        try:
+            net, out = self.train(model, seed, steps)
+        except FloatingPointError:
+            return dict(loss=None)
+        row = self.once(out / f"losses-{steps}.json", lambda: self.losses(model, net))
+        if sampled:
+            row |= self.once(out / f"samples-{steps}-{self.options.num}.json",
+                             lambda: self.judge(model, self.samples(net)))
+        return row
+
+    def calibrate(self, experiment):
+        """Of the classifiers: accuracy, and the distance of training images to held-out ones."""
+        found = {}
+        for _, _, model, _ in self.runs(experiment):
+            key, size = f"{model.data}, {model.config.image_size}", model.config.image_size
+            if key not in found:
+                data = self.data(model.data, size)[0]
+                order = np.random.default_rng(2).permutation(len(data))[:self.options.num]
+                images = np.stack([data[int(i)][0] for i in order])
+                found[key] = dict(accuracy=self.eyes(model.data, size)[1],
+                                  frechet=self.judge(model, images)["frechet"])
+        return found
+
+    def runs(self, experiment):
+        """(group, model's name, Model, seed) of an experiment, seed by seed.  Models of photos are
+        left out where there are no photos."""
+        for seed in getattr(experiment, "SEEDS", range(self.options.seeds)):
+            for group, models in experiment.MODELS.items():
+                for name, model in models.items():
+                    if self.options.photos or self.quick or model.data != "photos":
+                        yield group, name, model, seed
+
+    def rows(self, experiment):
+        """A row for every model, seed and number of steps; samples after the last step only."""
+        rows, marks = [], getattr(experiment, "MARKS", (STEPS,))
+        for group, name, model, seed in self.runs(experiment):
+            parameters, flops = (0, 0) if self.quick else cost(model.config)
+            for steps in marks:
+                rows.append(dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr,
+                                 parameters=parameters, gflops=round(flops / 1e9, 4),
+                                 **self.row(model, seed, steps, sampled=steps == marks[-1])))
+                print(f"{group}: {name}, seed {seed}, {steps} steps: " + ", ".join(
+                    f"{key} {rows[-1].get(key)}" for key in ("loss", "detail", "frechet")),
+                    flush=True)
+        return rows
+
+
+def write_json(path, content):
+    """Indented, with lists of numbers on one line."""
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]),
+                  json.dumps(content, indent=1))
+    save_atomically(path, lambda partial: partial.write_text(text + "\n"))
