@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from dip import DiP, FinalLayer, PatchDetailerHead
 from experiments.lab import UNET, WIDE, Model
-from experiments.report import Claim, find, plot_by_t, plot_dots, plot_strip
+from experiments.report import Claim, colours_of, find, plot_by_t, plot_dots, plot_strip
 
 
 class Both(nn.Module):
@@ -80,13 +80,14 @@ def draw(results, lab):
     """The main figure: loss by t over that of no head, and Frechet distances, a column a data set;
     below, samples of seed 0."""
     groups = list(dict.fromkeys(group for group, *_ in lab.runs(sys.modules[__name__])))
-    figure, panels = plt.subplots(3, len(groups), figsize=(5.2 * len(groups), 9), squeeze=False,
-                                  layout="constrained", height_ratios=(3, 1.2, 3))
+    figure, panels = plt.subplots(3, len(groups), figsize=(5.2 * len(groups), 8), squeeze=False,
+                                  layout="constrained", height_ratios=(3, 1.2, 2.4))
     for (upper, middle, lower), group in zip(panels.T, groups):
         plot_by_t(upper, results, "none", group, MARKS[-1])
-        plot_dots(middle, find(results["rows"], group=group, steps=MARKS[-1]), "frechet")
+        plot_dots(middle, find(results["rows"], group=group, steps=MARKS[-1]), "frechet",
+                  colours_of(results["rows"]))
         plot_strip(lower, "samples of seed 0", {
             name: lab.sample(lab.train(model, 0, MARKS[-1])[0], 10)
             for name, model in MODELS[group].items()})
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure

@@ -20,6 +20,7 @@ beside the figures and left out of the means.  The column "paper" says what the 
 import math
 import statistics
 from dataclasses import dataclass
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,13 +147,17 @@ def rows_table(results):
 # Plots
 
 
-def plot_dots(axes, rows, measure):
+def colours_of(rows):
+    """{model: its colour}, the same in all panels of a figure."""
+    return dict(zip(dict.fromkeys(row["model"] for row in rows), cycle(COLOURS)))
+
+
+def plot_dots(axes, rows, measure, colours):
     """A line a model, a dot a seed."""
     names = list(dict.fromkeys(row["model"] for row in rows))
     for place, name in enumerate(names):
         found = [row[measure] for row in find(rows, model=name) if row.get(measure) is not None]
-        axes.plot(found, [place] * len(found), "o", alpha=0.7, markersize=5,
-                  color=COLOURS[place % len(COLOURS)])
+        axes.plot(found, [place] * len(found), "o", alpha=0.7, markersize=5, color=colours[name])
     axes.grid(alpha=0.3)
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
     axes.set_yticks(range(len(names)), names)
@@ -171,7 +176,7 @@ def plot_rows(results, lab):
                                   squeeze=False, layout="constrained", height_ratios=heights)
     for line, group in zip(panels, groups):
         for axes, measure in zip(line, measures):
-            plot_dots(axes, find(rows, group=group), measure)
+            plot_dots(axes, find(rows, group=group), measure, colours_of(rows))
             axes.set_xlabel(LABELS[measure] if group == groups[-1] else "")
             axes.set_yticklabels(axes.get_yticklabels() if axes is line[0] else [])
         line[0].set_title(f"{group}, {last} steps", loc="left", size=10)
@@ -183,8 +188,9 @@ def plot_by_t(axes, results, reference, group, steps):
     to the highest seed."""
     rows, middles = find(results["rows"], group=group, steps=steps), np.arange(10) / 10 + 0.05
     base = {row["seed"]: np.array(row["loss_by_t"], float) for row in find(rows, model=reference)}
-    names = dict.fromkeys(row["model"] for row in rows)
-    for colour, name in zip(COLOURS, names):
+    for name, colour in colours_of(results["rows"]).items():
+        if not find(rows, model=name):
+            continue
         kept = split_collapsed(find(rows, model=name))[0]
         ratios = np.array([row["loss_by_t"] / base[row["seed"]] for row in kept])
         axes.plot(middles, ratios.mean(0), "o-", color=colour, markersize=3, label=name)
