@@ -17,7 +17,7 @@ from experiments.report import Claim, plot_by_t, plot_strip
 
 BASE = WIDE.replace(image_size=64, patch_size=4, hidden_size=72, num_heads=3)
 SMALL = dict(batch_size=8, micro_batch=8)
-MODELS = {"64 x 64 photos": {"none": Model(BASE, 3e-3, "photos", training=SMALL),
+MODELS = {"64 x 64 photos": {"none": Model(BASE, 6e-3, "photos", training=SMALL),
                              "unet": Model(BASE.replace(**SMALL_UNET), 3e-3, "photos",
                                            training=SMALL)}}
 MARKS = 2000, 10_000

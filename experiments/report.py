@@ -192,7 +192,7 @@ def plot_by_t(axes, results, reference, group, steps):
         if not find(rows, model=name):
             continue
         kept = split_collapsed(find(rows, model=name))[0]
-        ratios = np.array([row["loss_by_t"] / base[row["seed"]] for row in kept])
+        ratios = np.array([np.array(row["loss_by_t"], float) / base[row["seed"]] for row in kept])
         axes.plot(middles, ratios.mean(0), "o-", color=colour, markersize=3, label=name)
         axes.fill_between(middles, ratios.min(0), ratios.max(0), color=colour, alpha=0.2)
     axes.set(title=f"{group}, {steps} steps", xlabel="t, from data to noise",

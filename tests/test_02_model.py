@@ -419,8 +419,8 @@ REFUSED = [
     (dict(head_depth="4"), "head_depth='4' must be a whole number, at least 0"),
     (dict(head_width=-1), "head_width=-1 must be a whole number, at least 0"),
     (dict(repa_dim=-1), "repa_dim=-1 must be a whole number, at least 0"),
-    (dict(head="attention", head_width=20), "head_width=20 is not a multiple of its head "
-     "dimension=16; nearest that fit: 16, 32"),
+    (dict(head="attention", head_width=20), "head_width=20 is not a multiple of "
+     "AttentionHead.HEAD_DIM=16; nearest that fit: 16, 32"),
 ]
 
 

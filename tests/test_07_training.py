@@ -394,7 +394,8 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder(capsys)
     assert options.batch_size == 4                           # 16 (64 / 128)^2
     assert (config.head, config.head_width, config.depth, config.image_size) == ("mlp", 0, 3, 128)
     assert options.out == "runs/DiP-Nano-16-head-mlp-depth-3-128"
-    assert "head=mlp: its own head_width and head_depth, unless --set gives them" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "head=mlp: its own head_width and head_depth, unless --set gives them" in said
     options = TrainOptions(model="DiP-Ti/16", set=("head_width=16",), steps=10)
     assert train.configure(options, alone()).head_width == 16 and options.save_every == 2
     assert capsys.readouterr().out == ""

@@ -23,6 +23,7 @@ from experiments.lab import NARROW, UNET, WIDE, Lab, Model, Options
 from experiments.measures import power_spectrum, seam_contrast
 from experiments.report import (
     LEVEL,
+    MARGINS,
     OPPOSITE,
     SEEN,
     UNCLEAR,
@@ -247,14 +248,17 @@ def test_the_sum_starts_at_zero_and_is_the_plain_layer_and_the_head():
 
 
 def test_each_model_is_trained_at_its_own_best_learning_rate():
-    """As results/learning_rate.json says, on a seed that is not judged."""
+    """As results/learning_rate.json says, on a seed that is not judged; or at one that is level with
+    it by the margin of all verdicts."""
     rows = json.loads((ROOT / "experiments/results/learning_rate.json").read_text())["rows"]
     assert {row["seed"] for row in rows}.isdisjoint(range(3))
     for group, models in {**heads.MODELS, **table.load("geometry").MODELS}.items():
         for name, model in models.items():
             losses = {row["lr"]: row["loss"] for row in rows if row["model"] == name
                       and row["group"].startswith(f"{group}, lr ")}
-            assert model.lr == min(losses, key=losses.get), (group, name, losses)
+            assert losses[model.lr] < min(losses.values()) * (1 + MARGINS["loss"]), (group, name)
+            assert (losses[model.lr] == min(losses.values())) == (
+                (group, name) != ("wide, photos", "deeper"))
 
 
 @pytest.mark.parametrize("build", head_init.VARIANTS.values(), ids=head_init.VARIANTS)
