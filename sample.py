@@ -679,7 +679,8 @@ def check_fit(path, model, weights):
     found = [f"{kind}: {', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}"
              for kind, names in kinds.items() if names]
     if found:
-        raise ValueError(f"{path}: weights and model do not fit; {'; '.join(found)}")
+        line = " ".join("; ".join(found).split())            # a foreign name may hold line breaks
+        raise ValueError(f"{path}: weights and model do not fit; {line}")
 
 
 def check_finite(path, weights):

@@ -619,6 +619,10 @@ def test_a_checkpoint_of_nonsense_is_a_clean_error(scratch, small_state, draw):
     assert_loads_or_is_refused(scratch / "ckpt-2.pt", state)
 
 
+def test_a_weight_whose_name_holds_a_line_break_is_refused_in_one_line(scratch, small_state):
+    assert_loads_or_is_refused(scratch / "ckpt-2.pt", small_state | {"ema": {"a\nb": torch.ones(1)}})
+
+
 @pytest.mark.parametrize("changes", [
     {"depth": 10**9}, {"head_depth": 10**15}, {"head_width": 10**18}, {"repa_dim": 10**18},
     {"hidden_size": 8 * 10**17},
