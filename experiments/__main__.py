@@ -102,8 +102,9 @@ def main():
         if options.quick:
             options.seeds, options.num = 1, 20
             options.runs = options.results = options.pictures = scratch
+        lab = Lab(options) if names else None
         for name in names:
-            run(name, Lab(options))
+            run(name, lab)
     if options.readme:
         text = into_readme(README.read_text())
         save_atomically(README, lambda path: path.write_text(text))

@@ -4,8 +4,8 @@ How wide, relative to its patch, must a token be for the head to stop helping?
     python -m experiments crossover
 
 Tokens of D dimensions for patches of 4 x 4, which have 48: D / (3 P^2) from 1/3 to 3.  DiP-XL/16
-has 1152 / 768 = 1.5; DiP-XL/32, which the paper uses for 512 x 512, has 1152 / 3072 = 0.375: it is
-its tokens are narrow.  The head has the paper's proportion, 32 channels at the bottleneck for 48
+has 1152 / 768 = 1.5; DiP-XL/32, which the paper uses for 512 x 512, has 1152 / 3072 = 0.375: its
+tokens are narrow.  The head has the paper's proportion, 32 channels at the bottleneck for 48
 dimensions, at every width; so its part of the FLOPs falls as the tokens grow.
 
 Cost: 30 trainings of 1000 steps, about an hour of one core.
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.lab import WIDE, Model
-from experiments.report import COLOURS, LABELS, Claim, find, split_collapsed
+from experiments.report import COLOURS, LABELS, Claim, by_seed, find, split_collapsed
 
 WIDTHS = {16: 1, 36: 3, 48: 3, 72: 3, 144: 6}                # D: attention heads
 SMALL_UNET = dict(head="unet", head_width=16, head_depth=2)
@@ -41,9 +41,10 @@ def draw(results, lab):
     for axes, measure, colour in zip(panels, measures, COLOURS):
         means = []
         for group, D in zip(MODELS, WIDTHS):
-            none, unet = (split_collapsed(find(results["rows"], group=group, model=model))[0]
+            rows = find(results["rows"], group=group)
+            none, unet = (by_seed(split_collapsed(find(rows, model=model))[0], measure)
                           for model in ("none", "unet"))
-            gains = [100 * (1 - b[measure] / a[measure]) for a, b in zip(none, unet)]
+            gains = [100 * (1 - unet[seed] / none[seed]) for seed in none.keys() & unet.keys()]
             axes.plot([D / 48] * len(gains), gains, "o", color=colour, alpha=0.5, markersize=4)
             means.append(np.mean(gains))
         axes.plot([D / 48 for D in WIDTHS], means, color=colour)

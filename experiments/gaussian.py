@@ -111,7 +111,7 @@ def measure(lab, experiment):
         found = excess(lab.train(model, seed, steps)[0].cpu(), 32 if lab.quick else 1000)
         total = found.mean(axis=(1, 2)).tolist()
         rows.append(dict(group=group, model=name, seed=seed, steps=steps, excess=in_bands(found),
-                         total=total, **{f"excess at t = {t}": x for t, x in zip(TIMES, total)}))
+                         **{f"excess at t = {t}": x for t, x in zip(TIMES, total)}))
     return dict(rows=rows, times=TIMES, bands=BANDS, smallest_loss=in_bands(smallest_loss()))
 
 

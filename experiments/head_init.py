@@ -12,7 +12,7 @@ Cost: 30 trainings of 500 steps, about an hour of one core.
 import torch.nn as nn
 
 from dip import DiP
-from experiments.lab import NARROW, UNET, WIDE, Model
+from experiments.lab import UNET, Model, in_regimes
 from experiments.report import Claim
 
 
@@ -46,8 +46,7 @@ class PyTorchDefault(DiP):
 
 VARIANTS = {"ours": DiP, "average pooling": AveragePooling, "last layer 0": LastLayerZero,
             "random upsampling": RandomUpsampling, "PyTorch's default": PyTorchDefault}
-MODELS = {f"{regime}, shapes": {name: Model(base.replace(**UNET), build=build)
-                                for name, build in VARIANTS.items()}
-          for regime, base in (("narrow", NARROW), ("wide", WIDE))}
+MODELS = in_regimes(lambda base: {name: Model(base.replace(**UNET), build=build)
+                                  for name, build in VARIANTS.items()})
 CLAIMS = [Claim(f"our initialisation is better than {other}", "ours", other, measure)
           for other in list(VARIANTS)[1:] for measure in ("frechet", "loss")]

@@ -11,17 +11,16 @@ the paper's own sizes.
 Cost: 36 trainings of 500 steps, about an hour of one core.
 """
 
-from experiments.lab import NARROW, UNET, WIDE, Model
+from experiments.lab import NARROW, UNET, WIDE, Model, in_regimes
 from experiments.report import Claim
 
 HEADS = {"none": {}, "mlp": dict(head="mlp", head_width=320, head_depth=2),
          "coordinate": dict(head="coordinate", head_width=32, head_depth=4),
          "attention": dict(head="attention", head_width=48, head_depth=2), "unet": UNET}
-WIDER = {"narrow": 272, "wide": 368}
-MODELS = {
-    f"{regime}, shapes": {name: Model(base.replace(**changes)) for name, changes in HEADS.items()}
-    | {"wider": Model(WIDE.replace(hidden_size=WIDER[regime]))}
-    for regime, base in (("narrow", NARROW), ("wide", WIDE))}
+WIDER = {NARROW: 272, WIDE: 368}
+MODELS = in_regimes(lambda base: {
+    **{name: Model(base.replace(**changes)) for name, changes in HEADS.items()},
+    "wider": Model(base.replace(hidden_size=WIDER[base]))})
 CLAIMS = [
     Claim(text, a, b, measure, "Table 2", paper)
     for text, a, b, paper in (

@@ -80,6 +80,11 @@ class Model:
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
 
 
+def in_regimes(models):
+    """{group: {name: Model}} of models(configuration without head), for narrow and wide tokens."""
+    return {"narrow, shapes": models(NARROW), "wide, shapes": models(WIDE)}
+
+
 # -------------------------------------------------------------------------------------------------
 # The laboratory
 
@@ -125,7 +130,7 @@ class Lab:
     def __init__(self, options):
         self.options, self.quick = options, options.quick
         self.processes = start_processes(options.device)
-        self.data, self.eyes = cache(self.data), cache(self.eyes)
+        self.data, self.eyes, self.cost = cache(self.data), cache(self.eyes), cache(cost)
 
     def data(self, name, size):
         """(training set, validation set) of "shapes" or "photos"."""
@@ -147,8 +152,8 @@ class Lab:
     def eyes(self, name, size):
         """Judges of samples: (classifier, its accuracy, held-out images, their moments)."""
         training, validation = self.data(name, size)
-        count, path = len(training.classes), Path(
-            self.options.runs, f"classifier-{self.named(name)}-{size}.pt")
+        count, file = len(training.classes), f"classifier-{self.named(name)}-{size}.pt"
+        path = Path(self.options.runs, file)
         if not path.exists():
             order = np.random.default_rng(1).permutation(len(training)).tolist()
             shuffled, held_out, steps = Subset(training, order), validation, 600
@@ -179,19 +184,18 @@ class Lab:
 
     def fit(self, model, seed, steps, out):
         """Train, and keep the averaged weights every SNAPSHOT steps."""
-        config, encoder, data = model.config, None, (model.data, None)
-        if isinstance(model.data, str):
-            data = self.data(model.data, config.image_size)
-        if model.token_loss:                                 # three layers of it: (B, 64, H/8, W/8)
-            net = self.eyes(model.data, config.image_size)[0][:12].to(self.processes.device)
-            encoder = torch.no_grad()(lambda x: net(x.to(memory_format=torch.channels_last)))
-
         def save(step, weights):
             save_atomically(out / f"ema-{step}.pt", lambda path: torch.save(weights, path))
 
         finished = out / f"ckpt-{steps:08d}.pt"
         if finished.exists():                                # killed before its weights were kept
             return save(steps, load_checkpoint(finished)["ema"])
+        config, encoder, data = model.config, None, (model.data, None)
+        if isinstance(model.data, str):
+            data = self.data(model.data, config.image_size)
+        if model.token_loss:                                 # three layers of it: (B, 64, H/8, W/8)
+            net = self.eyes(model.data, config.image_size)[0][:12].to(self.processes.device)
+            encoder = torch.no_grad()(lambda x: net(x.to(memory_format=torch.channels_last)))
         settings = dict(TRAINING, compile=self.options.compile) | model.training
         if self.quick:
             settings |= dict(batch_size=2, micro_batch=2, compile=False)
@@ -274,15 +278,15 @@ class Lab:
                     if self.options.photos or self.quick or model.data != "photos":
                         yield group, name, model, seed
 
-    def rows(self, experiment):
+    def rows(self, experiment, sampled=True):
         """A row for every model, seed and number of steps; samples after the last step only."""
         rows, marks = [], getattr(experiment, "MARKS", (STEPS,))
         for group, name, model, seed in self.runs(experiment):
-            parameters, flops = (0, 0) if self.quick else cost(model.config)
+            parameters, flops = (0, 0) if self.quick else self.cost(model.config)
             for steps in marks:
                 rows.append(dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr,
                                  parameters=parameters, gflops=round(flops / 1e9, 4),
-                                 **self.row(model, seed, steps, sampled=steps == marks[-1])))
+                                 **self.row(model, seed, steps, sampled and steps == marks[-1])))
                 print(f"{group}: {name}, seed {seed}, {steps} steps: " + ", ".join(
                     f"{key} {rows[-1].get(key)}" for key in ("loss", "detail", "frechet")),
                     flush=True)

@@ -12,7 +12,6 @@ Cost: 33 trainings of 500 steps, about 50 minutes of one core.
 from dataclasses import replace
 
 from experiments import geometry, heads
-from experiments.lab import STEPS
 
 RATES = 1e-3, 3e-3, 6e-3
 SEEDS = 9,
@@ -23,8 +22,4 @@ CLAIMS = []
 
 def measure(lab, experiment):
     """Losses alone: nothing is sampled."""
-    rows = []
-    for group, name, model, seed in lab.runs(experiment):
-        rows.append(dict(group=group, model=name, seed=seed, steps=STEPS, lr=model.lr,
-                         **lab.row(model, seed, STEPS, sampled=False)))
-    return dict(rows=rows)
+    return dict(rows=lab.rows(experiment, sampled=False))

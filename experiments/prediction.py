@@ -9,14 +9,13 @@ clean image x instead of the velocity v, with the loss on the velocity as ever.
 Cost: 24 trainings of 500 steps, about 45 minutes of one core.
 """
 
-from experiments.lab import NARROW, UNET, WIDE, Model
+from experiments.lab import UNET, Model, in_regimes
 from experiments.report import Claim
 
 KINDS = {"DiT-v": {}, "DiT-x": dict(prediction="x"), "DiP-v": UNET,
          "DiP-x": dict(prediction="x", **UNET)}
-MODELS = {f"{regime}, shapes": {name: Model(base.replace(**changes))
-                                for name, changes in KINDS.items()}
-          for regime, base in (("narrow", NARROW), ("wide", WIDE))}
+MODELS = in_regimes(lambda base: {name: Model(base.replace(**changes))
+                                  for name, changes in KINDS.items()})
 CLAIMS = [Claim(text, a, b, measure, source)
           for text, a, b, source in (
               ("a DiT that predicts x is better than one that predicts v", "DiT-x", "DiT-v", "JiT"),

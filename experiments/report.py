@@ -60,13 +60,19 @@ def find(rows, **where):
 
 def split_collapsed(rows):
     """(rows, seeds that collapsed)"""
-    losses = [row["loss"] if row.get("loss", 0) is not None else math.inf
-              for row in rows if "loss" in row] or [0] * len(rows)
+    if not rows:
+        return [], []
+    losses = [math.inf if row.get("loss", 0) is None else row.get("loss", 0) for row in rows]
     named = [row.get("named", 1) for row in rows]
-    limits = 1.5 * statistics.median(losses or [0]), statistics.median(named or [0]) / 2
-    good = [row for row, loss, share in zip(rows, losses, named)
-            if loss < math.inf and loss <= limits[0] and share >= limits[1]]
+    highest, fewest = 1.5 * statistics.median(losses), statistics.median(named) / 2
+    good = [row for row, loss, right in zip(rows, losses, named)
+            if loss < math.inf and loss <= highest and right >= fewest]
     return good, [row["seed"] for row in rows if row not in good]
+
+
+def by_seed(rows, measure):
+    """{seed: figure} of the rows that have it."""
+    return {row["seed"]: row[measure] for row in rows if measure in row}
 
 
 def told(numbers):
@@ -101,8 +107,7 @@ def judge(claim, rows):
             continue
         steps = claim.steps or max(row["steps"] for row in pair[0])
         kept, collapsed = zip(*(split_collapsed(find(side, steps=steps)) for side in pair))
-        a, b = ({row["seed"]: row[claim.measure] for row in side if claim.measure in row}
-                for side in kept)
+        a, b = (by_seed(side, claim.measure) for side in kept)
         sign = -1 if claim.measure in MORE_IS_BETTER else 1
         both = a.keys() & b.keys()
         wins = sum(sign * a[seed] < sign * b[seed] for seed in both)

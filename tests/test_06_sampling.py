@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import checkpoint, run, run_ranks
 from helpers import SMALL, awake
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 

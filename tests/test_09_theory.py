@@ -440,7 +440,7 @@ def test_the_table_of_tokens_is_what_theory_and_trained_networks_give():
             "theory, x_0 from a token of 32": [token_costs(32, t)["x"] for t in times],
             "theory, linear skip, token of 32": [token_costs(32, t)["skip"] for t in times]}
     for model, width in (("DiT-only", 32), ("DiP", 32), ("DiT-only", 96), ("DiP", 96)):
-        totals = [row["total"] for row in found["rows"]
+        totals = [[row[f"excess at t = {t}"] for t in times] for row in found["rows"]
                   if (row["model"], row["group"]) == (model, f"tokens of {width}")]
         assert len(totals) == 3
         rows[f"trained {model[:3]}, v, tokens of {width}"] = np.mean(totals, axis=0)

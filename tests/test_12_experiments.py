@@ -248,8 +248,8 @@ def test_the_sum_starts_at_zero_and_is_the_plain_layer_and_the_head():
 
 
 def test_each_model_is_trained_at_its_own_best_learning_rate():
-    """As results/learning_rate.json says, on a seed that is not judged; or at one that is level with
-    it by the margin of all verdicts."""
+    """As results/learning_rate.json says, on a seed that is not judged; or at one that is level
+    with it by the margin of all verdicts."""
     rows = json.loads((ROOT / "experiments/results/learning_rate.json").read_text())["rows"]
     assert {row["seed"] for row in rows}.isdisjoint(range(3))
     for group, models in {**heads.MODELS, **table.load("geometry").MODELS}.items():
