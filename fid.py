@@ -512,7 +512,8 @@ class Side:
         if "arr_0" in keys:
             self.images = NpzImages(path)
         if not found and self.images is None:
-            raise ValueError(f"{path} has neither arr_0 nor mu; it has {', '.join(keys)}")
+            line = " ".join(", ".join(keys).split())         # a foreign name may hold line breaks
+            raise ValueError(f"{path} has neither arr_0 nor mu; it has {line}")
         if found:
             self.check_statistics(found)
         self.statistics = found or None

@@ -939,6 +939,12 @@ GOOD = (npz_bytes(arr_0=pictures(4, 4, 4).numpy()),
         npz_bytes(**statistics(pictures(9, 4, 4)), n=9, extractor_sha256=SHA), b"\x80 weights")
 
 
+def test_an_array_whose_name_holds_a_line_break_is_refused_in_one_line(tmp_path):
+    (tmp_path / "any.npz").write_bytes(npz_bytes(**{"a\nb": np.zeros(3)}))
+    with pytest.raises(ValueError, match="neither arr_0 nor mu; it has a b$"):
+        Side(tmp_path / "any.npz")
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(max_examples=150)
 @given(data=st.sampled_from(GOOD).flatmap(damaged), world=st.integers(1, 2))
