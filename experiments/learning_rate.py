@@ -3,20 +3,25 @@ Which learning rate suits which model?
 
     python -m experiments learning_rate --photos IMAGES
 
-The models of heads.py and of geometry.py at three rates, on seed 9, which no verdict uses.  Each
-model is then trained, for longer, at the rate whose loss was lowest after 500 steps.
+The models of heads.py, geometry.py, crossover.py and kinds.py on seed 9, which no verdict uses.
+Each is then trained, for longer, at the rate whose loss was lowest after 500 steps.
 
-Cost: 33 trainings of 500 steps, about 50 minutes of one core.
+Cost: 83 trainings of 500 steps, about 90 minutes of one core.
 """
 
 from dataclasses import replace
 
-from experiments import geometry, heads
+from experiments import crossover, geometry, heads, kinds
 
-RATES = 1e-3, 3e-3, 6e-3
+RATES = {heads: (1e-3, 3e-3, 6e-3), geometry: (1e-3, 3e-3, 6e-3), crossover: (1e-3, 3e-3, 6e-3),
+         kinds: (3e-3, 6e-3)}
 SEEDS = 9,
-MODELS = {f"{group}, lr {lr:g}": {name: replace(model, lr=lr) for name, model in models.items()}
-          for group, models in {**heads.MODELS, **geometry.MODELS}.items() for lr in RATES}
+MODELS = {}
+for experiment, rates in RATES.items():
+    for group, models in experiment.MODELS.items():
+        for lr in rates:
+            MODELS.setdefault(f"{group}, lr {lr:g}", {}).update(
+                {name: replace(model, lr=lr) for name, model in models.items()})
 CLAIMS = []
 
 
