@@ -18,13 +18,14 @@ from experiments.lab import WIDE, Model
 from experiments.report import COLOURS, LABELS, Claim, by_seed, find, split_collapsed
 
 WIDTHS = {16: 1, 36: 3, 48: 3, 72: 3, 144: 6}                # D: attention heads
+RATE = 6e-3                                  # the best of three for all ten (learning_rate.py)
 SMALL_UNET = dict(head="unet", head_width=16, head_depth=2)
 BASE = WIDE.replace(patch_size=4)
 
 
 def pair(D, heads):
     base = BASE.replace(hidden_size=D, num_heads=heads)
-    return {"none": Model(base), "unet": Model(base.replace(**SMALL_UNET))}
+    return {"none": Model(base, RATE), "unet": Model(base.replace(**SMALL_UNET), RATE)}
 
 
 MODELS = {f"{D} of 48": pair(D, heads) for D, heads in WIDTHS.items()}

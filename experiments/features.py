@@ -17,12 +17,13 @@ import numpy as np
 import scipy.linalg
 import torch
 from scipy.spatial.distance import cdist
+from torch.utils.data import default_collate
 
+from dataset import Examples, ShapesData
 from dip import interpolate
 from experiments.lab import STEPS
 from experiments.placement import MODELS
 from experiments.report import COLOURS, Claim, find
-from train import Examples, ShapesData, default_collate
 
 TIME = 0.3
 CLAIMS = [Claim(f"tokens of {a} tell the classes apart better than those of {b}", a, b, measure,

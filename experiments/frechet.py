@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from common import at_least, option, parse_options, run_main
 from fid import frechet_distance
-from sample import at_least, option, parse_options, run_main
 
 
 @dataclass

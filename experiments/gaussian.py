@@ -17,10 +17,10 @@ import numpy as np
 import scipy.fft
 import torch
 
+from common import random_stream
 from dip import DiPConfig
 from experiments.lab import Model
 from experiments.report import COLOURS, Claim, find
-from sample import random_stream
 
 SIZE, ALPHA, VARIANCE = 16, 1.5, 0.25        # pixels a side; decay; variance of a pixel
 TIMES = 0.1, 0.3, 0.5, 0.7, 0.9

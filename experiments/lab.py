@@ -33,13 +33,13 @@ import torch
 from torch.utils.data import Subset
 
 import fid
+from common import load_checkpoint, locked, option, progress, save_atomically, start_processes
+from dataset import Examples, ShapesData, open_data
 from dip import DiP, DiPConfig, cost
 from experiments.measures import moments, power_spectrum, seam_contrast
 from experiments.recognise import make_classifier, predict, train_classifier
-from sample import (generate, load_checkpoint, option, progress, save_atomically, start_processes,
-                    to_uint8)
-from train import (Examples, ShapesData, TrainOptions, fit, locked, mean_losses, open_data,
-                   validate)
+from sample import generate, to_uint8
+from train import TrainOptions, fit, mean_losses, validate
 
 # -------------------------------------------------------------------------------------------------
 # Models: a token narrower than the 192 dimensions of its patch cannot even carry the noise through;

@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sample import (SAMPLERS, SampleOptions, find_checkpoint, generate, load_model, option,
-                    parse_options, run_main, start_processes, to_uint8)
-from train import ShapesData
+from common import find_checkpoint, load_model, option, parse_options, run_main, start_processes
+from dataset import ShapesData
+from sample import SAMPLERS, SampleOptions, generate, to_uint8
 
 
 def as_input(images):

@@ -31,9 +31,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from common import Processes, at_least, autocast, option, parse_options, run_main, start_processes
 from dip import PRESETS, DiP, check_choice, flow_matching_loss
-from sample import (Processes, at_least, autocast, option, parse_options, run_main,
-                    start_processes)
 from train import TrainOptions
 from train import prepare as prepare_model
 

@@ -22,10 +22,11 @@ import torch
 import torch.nn as nn
 from scipy.spatial import cKDTree
 
+from common import random_stream
 from dip import MIN_TIME, TimeEmbedding
 from experiments.lab import WIDE, Model
 from experiments.report import COLOURS, Claim, find
-from sample import heun, random_stream
+from sample import heun
 
 CELL, GRID, WIDTH, POINTS = 0.25, 32, 64, 4000   # side of a cell, cells a side, units, samples
 

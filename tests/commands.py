@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sample import Processes, find_checkpoint, run_main
+from common import Processes, find_checkpoint, run_main
 
 ROOT = Path(__file__).parents[1]
 TINY = """--model DiP-Nano/16 --set hidden_size=16 depth=2 num_heads=2 head_depth=2 head_width=4

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import sample
+import common
+import dataset
 import train
 
-draw_batch = train.Examples.on_device
+draw_batch = dataset.Examples.on_device
 
 
 def main():
@@ -26,12 +27,12 @@ def main():
                 noise[row, 0, 0, 0] = value
         return x_0, y, noise, z, u
 
-    train.Examples.on_device = draw_spoilt_batch
+    dataset.Examples.on_device = draw_spoilt_batch
     try:
         return train.main()
     finally:
-        train.Examples.on_device = draw_batch
+        dataset.Examples.on_device = draw_batch
 
 
 if __name__ == "__main__":
-    sample.run_main(main)
+    common.run_main(main)

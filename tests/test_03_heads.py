@@ -15,8 +15,8 @@ from helpers import (SMALL, VARIANTS, assert_is_its_formula, awake, batch, confi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import common
 import dip
-import sample
 import train
 from dip import HEADS, PRESETS, DiP, PatchDetailerHead, cosine_basis, cost, patchify
 
@@ -406,7 +406,7 @@ def test_a_new_head_is_a_class_and_a_line(monkeypatch, tmp_path):
         run(monkeypatch, *words)
     monkeypatch.setitem(HEADS, "toy", ToyHead)
     run(monkeypatch, *words)
-    model, info = sample.load_model(tmp_path / "run", ema=False)
+    model, info = common.load_model(tmp_path / "run", ema=False)
     assert type(model.output.head) is ToyHead and info["step"] == 1
     torch.manual_seed(0)
     config = model.config

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import dip
+from common import imagenet_names, load_model
 from dip import DiP, DiPConfig, from_release
-from sample import euler, generate, guided, imagenet_names, load_model
+from sample import euler, generate, guided
 
 RECORDED = np.load(Path(__file__).with_name("release.npz"))
 D, HEADS, DEPTH, CLASSES, P, H, W = RECORDED["config"].tolist()

@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import common
+import dataset
 import sample
-import train
-from sample import (SAMPLERS, draw_grid, find_class, generate, guided, random_stream, time_grid,
-                    to_uint8)
+from common import find_class, random_stream
+from sample import SAMPLERS, draw_grid, generate, guided, time_grid, to_uint8
 
 ORDERS = {"euler": 1, "heun": 2, "ab2": 2}
 LITERAL = {"euler": literal.euler, "heun": literal.heun, "ab2": literal.adams_bashforth}
@@ -444,7 +445,7 @@ def test_the_export_is_labelled_as_it_is_drawn_and_takes_the_classes_in_turn(
 
 
 def test_the_export_holds_the_images_of_generate(trained, exported):
-    model, _ = sample.load_model(trained)
+    model, _ = common.load_model(trained)
     how = dict(steps=3, cfg=2.9, interval=(0.03, 0.89))
     images = to_uint8(generate(model, [i % 10 for i in range(23)], **how))
     assert np.abs(images.astype(int) - exported["arr_0"]).max() <= 1     # other batches: rounding
@@ -513,7 +514,7 @@ def test_averaged_and_last_weights_are_told_apart(monkeypatch, trained, tmp_path
     """Forbids --ema and --no-ema exchanged, in load_model and in the command."""
     state = checkpoint(trained)
     for ema, key in ((True, "ema"), (False, "model")):
-        model, info = sample.load_model(trained, "cpu", ema)
+        model, info = common.load_model(trained, "cpu", ema)
         assert all(torch.equal(weight, state[key][name])
                    for name, weight in model.state_dict().items())
     assert not torch.equal(state["ema"]["embed.weight"], state["model"]["embed.weight"])
@@ -528,12 +529,12 @@ def test_averaged_and_last_weights_are_told_apart(monkeypatch, trained, tmp_path
 
 def test_a_loaded_model_is_ready_to_draw_and_says_what_it_is(trained):
     """In float32, in eval mode, without gradients; a folder is as good as a file."""
-    model, info = sample.load_model(str(trained))
-    again, _ = sample.load_model(sample.find_checkpoint(trained))
+    model, info = common.load_model(str(trained))
+    again, _ = common.load_model(common.find_checkpoint(trained))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert info["step"] == 1 and info["names"] == train.ShapesData.names
+    assert info["step"] == 1 and info["names"] == dataset.ShapesData.names
     assert info["config"] == asdict(model.config) and info["options"]["batch_size"] == 4
 
 
@@ -544,12 +545,12 @@ def test_the_newest_run_is_sampled_and_of_it_the_last_step(monkeypatch, trained,
     write_run(tmp_path / "runs" / "b" / "deep", trained, 3, modified=2000)
     newest = write_run(tmp_path / "runs" / "b" / "deep", trained, 4, modified=3000)
     write_run(tmp_path / "runs" / "a", trained, 7, modified=2500)
-    assert sample.find_checkpoint().resolve() == newest
-    assert sample.find_checkpoint("runs/a") == (newest.parents[2] / "a" / "ckpt-00000007.pt"
+    assert common.find_checkpoint().resolve() == newest
+    assert common.find_checkpoint("runs/a") == (newest.parents[2] / "a" / "ckpt-00000007.pt"
                                                 ).relative_to(tmp_path)
-    assert sample.load_model(tmp_path / "runs")[1]["step"] == 4
+    assert common.load_model(tmp_path / "runs")[1]["step"] == 4
     (newest.parent / "ckpt-00000005.pt").write_bytes(b"half a file")
-    assert sample.find_checkpoint().resolve() == newest
+    assert common.find_checkpoint().resolve() == newest
 
 
 def test_without_a_run_our_own_weights_are_drawn_with_and_it_is_said(monkeypatch, trained, tmp_path,
@@ -562,23 +563,24 @@ def test_without_a_run_our_own_weights_are_drawn_with_and_it_is_said(monkeypatch
     assert f"wrote {ours}" in capsys.readouterr().out and not flat_images
     weights = torch.load(ours, weights_only=True)["ema"]
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    monkeypatch.setattr(sample, "OUR_WEIGHTS", ours)
+    for module in (common, sample):
+        monkeypatch.setattr(module, "OUR_WEIGHTS", ours)
     run(monkeypatch, sample, "--class 1 --num 1")
     assert "the small weights that come with the code" in capsys.readouterr().out
     assert (tmp_path / "samples.png").exists()
-    model, info = sample.load_model(ours)
-    expected, before = sample.load_model(trained)
+    model, info = common.load_model(ours)
+    expected, before = common.load_model(trained)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, expected.state_dict()[name].bfloat16().float())
     assert model.config == expected.config and info["options"] == {"model": "DiP-Nano/16"}
     assert [info[key] for key in ("step", "names")] == [before[key] for key in ("step", "names")]
     with pytest.raises(ValueError, match="has the averaged weights alone: leave out --no-ema"):
-        sample.load_model(ours, ema=False)
+        common.load_model(ours, ema=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint under empty/"):
-        sample.find_checkpoint("empty")
+        common.find_checkpoint("empty")
     write_run(tmp_path / "runs" / "mine", trained, 1, modified=1000)
-    assert sample.find_checkpoint().parts[0] == "runs"
+    assert common.find_checkpoint().parts[0] == "runs"
 
 
 def test_a_picture_never_overwrites_another_that_was_not_named(monkeypatch, trained, tmp_path,

@@ -11,10 +11,12 @@ from helpers import VARIANTS, awake, batch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
+import common
 import sample
 import train
+from common import Processes, keep_in_bf16, pieces
 from dip import PRESETS, REPA_WEIGHT, DiP, flow_matching_loss
-from sample import Processes, euler, guided, keep_in_bf16, pieces
+from sample import euler, guided
 
 CPU = Processes(rank=0, world=1, device=torch.device("cpu"))
 
@@ -76,7 +78,7 @@ def test_no_step_of_a_guided_sampling_compiles_anew(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     model = awake(VARIANTS["unet"]).requires_grad_(False)
-    sample.compile_pieces(model)
+    common.compile_pieces(model)
     sample.generate(model, [0] * 3, steps=4, cfg=2.0, interval=(0.25, 0.75))
     kinds, first = len({type(piece) for piece in pieces(model)}), counter.frame_count
     assert kinds <= first <= 3 * kinds

@@ -13,7 +13,7 @@ from commands import ROOT
 import dip
 import sample
 import train
-from sample import parse_options
+from common import parse_options
 
 PAGES = {path: path.read_text() for path in (
     ROOT / folder / "README.md" for folder in ("", "tests", "theory", "experiments"))}

@@ -15,6 +15,7 @@ import torch
 from commands import ROOT, TINY, checkpoint, error_line, run
 from PIL import Image
 
+import common
 import sample
 import train
 
@@ -200,7 +201,7 @@ def test_a_size_far_from_the_training_is_warned_of(monkeypatch, trained, tmp_pat
 
 def test_sampling_without_a_checkpoint_says_how_to_make_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "OUR_WEIGHTS", tmp_path / "not there.pt")
+    monkeypatch.setattr(common, "OUR_WEIGHTS", tmp_path / "not there.pt")
     line = error_line(monkeypatch, sample)
     assert "no checkpoint under runs/; `python train.py` makes one" in line
     assert "no checkpoint at nothing.pt" in error_line(monkeypatch, sample, "--ckpt nothing.pt")
@@ -273,7 +274,7 @@ def test_there_is_a_bar_where_the_terminal_does_not_know_its_width(monkeypatch, 
     """Some report 0 columns."""
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
     monkeypatch.setenv("COLUMNS", "0")
-    for _ in sample.progress(range(3), "work"):
+    for _ in common.progress(range(3), "work"):
         pass
     assert "work: 100%" in capsys.readouterr().err
 

@@ -32,10 +32,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import common
+import dataset
+import dip
 import sample
 import train
+from dataset import FolderData
 from fid import read_image
-from train import FolderData, read_log
+from train import read_log
 
 STATE = "model", "ema", "optimizer", "unlogged"
 OFTEN = "--save-every 1 --log-every 2"
@@ -93,7 +97,7 @@ def test_a_run_killed_at_random_moments_loses_only_the_steps_since_its_checkpoin
         paths = sorted(out.glob("ckpt-*.pt"))
         assert paths
         for path in paths:
-            sample.load_checkpoint(path, verify=True)
+            common.load_checkpoint(path, verify=True)
     run(monkeypatch, train, command, f"--workers 0 --out {out}")
     assert_same_run(tmp_path / "whole", out)
     assert not list(out.glob(".*.partial"))
@@ -153,7 +157,7 @@ def test_a_signal_ends_validation_and_sampling_within_a_step(monkeypatch, tmp_pa
 
 def test_a_signal_during_the_last_pictures_names_no_picture_that_is_not_there(
         monkeypatch, tmp_path, capsys):
-    draw = train.generate
+    draw = sample.generate
     monkeypatch.setattr(train, "generate", lambda *arguments, **settings: (
         os.kill(os.getpid(), signal.SIGINT), draw(*arguments, **settings))[-1])
     run(monkeypatch, train, TINY, f"--steps 1 --sample-every 1 --out {tmp_path}")
@@ -283,7 +287,7 @@ def test_a_broken_later_checkpoint_never_costs_a_good_one(tmp_path):
     """Pruning counts back from the checkpoint just written, not from the highest number."""
     (tmp_path / "ckpt-00000009.pt").write_bytes(b"broken")
     for step in (5, 6, 7):
-        train.write_checkpoint(tmp_path, 1, step=step, model={})
+        common.write_checkpoint(tmp_path, 1, step=step, model={})
     assert sorted(os.listdir(tmp_path)) == ["ckpt-00000007.pt", "ckpt-00000009.pt"]
 
 
@@ -304,7 +308,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample.save_atomically(tmp_path / "file", write)
+        common.save_atomically(tmp_path / "file", write)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "good"
 
 
@@ -424,12 +428,12 @@ def test_bad_images_of_all_ranks_count_together(album):
             return [thing, [7, 8, 9]]
 
     two, data = Two(rank=0, world=2, device=torch.device("cpu")), FolderData(album, 8)
-    train.refuse_bad_files([data, None], two)
+    dataset.refuse_bad_files([data, None], two)
     data.bad[7] = True
-    train.refuse_bad_files([None, data], two)                # the same file, found twice
+    dataset.refuse_bad_files([None, data], two)                # the same file, found twice
     data.bad[0] = True
     with pytest.raises(ValueError, match="4 of 300 images unreadable"):
-        train.refuse_bad_files([None, data], two)
+        dataset.refuse_bad_files([None, data], two)
 
 
 def test_an_error_leaves_no_loader_process_behind(tmp_path, album):
@@ -449,7 +453,7 @@ def test_an_answer_of_the_system_is_no_bad_image(monkeypatch, album):
     def busy(*arguments):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(train, "read_image", busy)
+    monkeypatch.setattr(dataset, "read_image", busy)
     data = FolderData(album, 8)
     with pytest.raises(OSError, match="Input/output error"):
         data[0]
@@ -482,8 +486,8 @@ def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch
 
 def test_the_time_of_a_loss_that_is_not_finite_is_named(monkeypatch, tmp_path):
     run(monkeypatch, planted, f"nan 9 -- {TINY} {OFTEN} --steps 3 --out {tmp_path}")
-    z = train.Examples(train.ShapesData(16), 0)[9][2]
-    tenth = int(train.logit_normal_time(z) * 10)
+    z = dataset.Examples(dataset.ShapesData(16), 0)[9][2]
+    tenth = int(dip.logit_normal_time(z) * 10)
     (line,) = skipped_lines(tmp_path)
     assert line["skipped"] == f"the loss for t in {tenth / 10:.1f} to {(tenth + 1) / 10:.1f}"
 
@@ -538,7 +542,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(monkeypatch, t
     torch.save(state, tmp_path / "nan.pt")
     line = error_line(monkeypatch, sample, f"--ckpt {tmp_path}/nan.pt --class 1")
     assert f"{tmp_path}/nan.pt: weight blocks.0.norm1.weight is not finite" in line
-    sample.load_model(tmp_path / "nan.pt", ema=False)        # the others are good
+    common.load_model(tmp_path / "nan.pt", ema=False)        # the others are good
 
 
 def test_the_log_is_json_whatever_the_numbers(tmp_path):
@@ -574,7 +578,7 @@ def test_any_bytes_are_an_image_or_a_clean_error(scratch, data):
 
 @pytest.fixture(scope="module")
 def good_checkpoint(trained):
-    return sample.find_checkpoint(trained).read_bytes()
+    return common.find_checkpoint(trained).read_bytes()
 
 
 @settings(max_examples=100)
@@ -583,7 +587,7 @@ def test_any_bytes_are_a_checkpoint_or_a_clean_error(scratch, good_checkpoint, d
     path = scratch / "ckpt-1.pt"
     path.write_bytes(draw.draw(damaged(good_checkpoint)))
     try:
-        sample.load_model(path, torch.device("cpu"))
+        common.load_model(path, torch.device("cpu"))
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
 
@@ -596,8 +600,8 @@ VALUES = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3)
 def assert_loads_or_is_refused(path, state):
     torch.save(state, path)
     try:
-        _, info = sample.load_model(path, torch.device("cpu"))
-        sample.find_class("0", info["classes"], info["names"])
+        _, info = common.load_model(path, torch.device("cpu"))
+        common.find_class("0", info["classes"], info["names"])
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
 
@@ -606,7 +610,7 @@ def assert_loads_or_is_refused(path, state):
 def small_state(good_checkpoint):
     """What sampling needs of a checkpoint."""
     state = torch.load(io.BytesIO(good_checkpoint), weights_only=True)
-    return {key: state[key] for key in sample.CHECKPOINT}
+    return {key: state[key] for key in common.CHECKPOINT}
 
 
 @settings(max_examples=100)
@@ -623,7 +627,7 @@ def test_a_weight_whose_name_holds_a_line_break_is_refused_in_one_line(scratch, 
     weights = small_state["ema"] | {"a\nb": torch.ones(1)}
     with pytest.raises(ValueError, match="unexpected: a b$"):
         torch.save(small_state | {"ema": weights}, scratch / "ckpt-2.pt")
-        sample.load_model(scratch / "ckpt-2.pt")
+        common.load_model(scratch / "ckpt-2.pt")
 
 
 @pytest.mark.parametrize("changes", [
@@ -638,7 +642,7 @@ def test_a_hostile_configuration_is_refused_before_it_is_built(scratch, small_st
     torch.save(state, scratch / "ckpt-3.pt")
     started = time.time()
     with pytest.raises(ValueError, match="ckpt-3.pt: ") as refused:
-        sample.load_model(scratch / "ckpt-3.pt")
+        common.load_model(scratch / "ckpt-3.pt")
     assert "\n" not in str(refused.value) and time.time() - started < 5
 
 
@@ -649,7 +653,7 @@ def test_any_bytes_in_a_half_done_export_are_a_clean_error(scratch, trained, dat
     part, recipe = scratch / "00000000.npy", scratch / "recipe.json"
     part.write_bytes(data)
     recipe.write_bytes(data)
-    options = sample.SampleOptions(ckpt=str(sample.find_checkpoint(trained)))
+    options = sample.SampleOptions(ckpt=str(common.find_checkpoint(trained)))
     for read in (lambda: sample.write_npz(scratch / "x.npz", {part: range(1)}, (1, 2, 2, 3),
                                           np.zeros(1)),
                  lambda: sample.check_recipe(scratch, options, alone())):
