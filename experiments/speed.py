@@ -6,8 +6,10 @@ What the Patch Detailer Head costs: passes of several presets, in turns in one r
     python -m experiments.speed --plan DiP-XL/16 DiP-B/16           # predict training steps
 
 The models take turns, so that whatever else the machine does touches all; ratios are those of the
-median times to the first.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA),
-and counts the weights.  Weights are random: they cost the same.
+median times to the first.  "Products" is the part of one more pass that its matrix products,
+convolutions and attention take, each timed by itself: nothing can be faster that leaves them as
+they are.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA), and counts the
+weights.  Weights are random: they cost the same.
 
 --plan measures nothing.  A training step under bf16 autocast is run on fake tensors, which have
 shapes and no values: peak memory is torch's MemTracker's, time is that of a roofline, in which each
@@ -32,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from common import Processes, at_least, autocast, option, parse_options, run_main, start_processes
-from dip import PRESETS, DiP, check_choice, flow_matching_loss
+from dip import PRESETS, DiP, check_choice, cost, flow_matching_loss
 from train import TrainOptions
 from train import prepare as prepare_model
 
@@ -76,6 +78,40 @@ def prepare(config, options, device):
         return time.perf_counter() - start
 
     return one_pass
+
+
+class Products(TorchDispatchMode):
+    """The seconds of the matrix products, convolutions and attention that run inside it."""
+
+    def __init__(self, wait):
+        super().__init__()
+        self.wait, self.seconds = wait, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.wait()
+        start = time.perf_counter()
+        out = function(*args, **(kwargs or {}))
+        self.wait()
+        if function._overloadpacket in FLOPS:
+            self.seconds += time.perf_counter() - start
+        return out
+
+
+def prepare_products(one_pass, device):
+    """A function that runs the pass once more and returns the seconds of its products."""
+    def products():
+        with Products(torch.cuda.synchronize if device.type == "cuda" else lambda: None) as mode:
+            one_pass()
+        return mode.seconds
+
+    return products
+
+
+def prepare_matmul(device, side=2048):
+    """The same of one product of two square matrices, in the precision of the passes."""
+    a = torch.randn(side, side, device=device, dtype=torch.get_autocast_dtype(device.type)
+                    if device.type == "cuda" else torch.float32)
+    return prepare_products(lambda: a @ a, device)
 
 
 def memory_of_one_pass(config, options, device):
@@ -192,16 +228,22 @@ def main():
     device = start_processes(options.device).device
     configs = [PRESETS[name] for name in options.presets]
     memory = [peak_memory(config, options, device) for config in configs]
-    times = take_turns([prepare(config, options, device) for config in configs], options.repeat)
+    passes = [prepare(config, options, device) for config in configs]
+    products = [prepare_products(one_pass, device) for one_pass in passes]
+    times = take_turns([prepare_matmul(device), *passes, *products], options.repeat)
+    seconds = [statistics.median(column) for column in zip(*times)]
+    passed, products = seconds[1:len(passes) + 1], seconds[len(passes) + 1:]
     what = "forward + backward" if options.train else "forward"
-    print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, "
-          f"n = {len(times)} after 1 warm-up")
-    first = statistics.median(next(zip(*times)))
-    for name, seconds, peak in zip(options.presets, zip(*times), memory):
-        median = statistics.median(seconds)
-        print(f"{name:<22} median {median:7.3f} s  (min {min(seconds):.3f}, max {max(seconds):.3f})"
-              f"   peak memory {peak / 2**30:5.2f} GiB   to the first: time {median / first:.3f}, "
-              f"memory {peak / memory[0]:.3f}")
+    print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, medians of "
+          f"n = {len(times)} after 1 warm-up; a product of two 2048 x 2048 matrices runs at "
+          f"{2 * 2048**3 / seconds[0] / 1e9:.0f} GFLOP/s")
+    print(f"{'':<22}{'time':>9}{'to first':>10}{'products':>11}{'to first':>10}{'GFLOP/s':>9}"
+          f"{'peak memory':>15}{'to first':>10}")
+    for k, (name, config) in enumerate(zip(options.presets, configs)):
+        flops = cost(config)[1] * options.batch * (3 if options.train else 1)
+        print(f"{name:<22}{passed[k]:>7.3f} s{passed[k] / passed[0]:>10.3f}{products[k]:>9.3f} s"
+              f"{products[k] / products[0]:>10.3f}{flops / passed[k] / 1e9:>9.0f}"
+              f"{memory[k] / 2**30:>11.2f} GiB{memory[k] / memory[0]:>10.3f}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ that was on the disk.  Nothing that was asked for is silently left out.
 
 import importlib
 import os
+import platform
 import subprocess
 import sys
 
@@ -309,3 +310,21 @@ def test_an_error_reaches_the_shell_as_one_line_and_a_code(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("sample.py: error: no checkpoint at nothing.pt")
+
+
+FAULTS = """
+import resource, torch
+from common import run_main
+def main():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+run_main(main)"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_freed_memory_is_kept_and_not_faulted_in_again():
+    """Five tensors of 64 MiB, one after the other: pages of one (16384 of 4 KiB), not of five."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 2 * 16384, done.stderr
