@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from common import at_least, parse_options, run_main, save_atomically
-from experiments.lab import Lab, Options, write_json
-from experiments.report import claims_table, plot_rows, rows_table
+from experiments.lab import Lab, Options
+from experiments.report import claims_table, plot_rows, rows_table, write_json
 
 NAMES = ("heads", "learning_rate", "crossover", "geometry", "kinds", "placement", "head_size",
          "patch_size", "patch_or_image", "toy", "features", "prediction", "head_init", "samplers",

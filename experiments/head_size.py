@@ -10,15 +10,15 @@ the bottleneck for 192 dimensions; 64 are twice as many.
 Cost: 24 trainings of 500 steps, about 50 minutes of one core.
 """
 
-from experiments.lab import WIDE, Model
+from experiments.lab import WIDE, tuned
 from experiments.report import Claim
 
 DEEP, BROAD = WIDE.replace(patch_size=16, head="unet"), WIDE.replace(head="unet", head_depth=3)
 MODELS = {
     "stages, patches of 16": {
-        f"{n} stage{'s' * (n > 1)}": Model(DEEP.replace(head_width=32, head_depth=n))
+        f"{n} stage{'s' * (n > 1)}": tuned(DEEP.replace(head_width=32, head_depth=n))
         for n in (1, 2, 3, 4)},
-    "channels, patches of 8": {f"{C} channels": Model(BROAD.replace(head_width=C))
+    "channels, patches of 8": {f"{C} channels": tuned(BROAD.replace(head_width=C))
                                for C in (8, 16, 32, 64)}}
 CLAIMS = [Claim(f"{a} are better than {b}", a, b, measure, "Fig. 10a", paper)
           for a, b, paper in (("2 stages", "1 stage", "yes"), ("3 stages", "2 stages", "yes"),

@@ -5,13 +5,13 @@ Table 2: which kind of head?  And is it better than a wider DiT?
 
 The heads' FLOPs stand to each other about as in DiP-XL: over those of the U-Net head 0.1 (MLP), 1.4
 (attention; there 3.4), 0.9 to 1.7 (coordinate; there 1.5).  "Wider" is a DiT without a head that
-has the FLOPs of the U-Net head's model or more.  Time and memory: `python -m experiments.speed`, at
-the paper's own sizes.
+has the FLOPs of the U-Net head's model or more.  Each is trained at its own rate
+(learning_rate.py).  Time and memory: `python -m experiments.speed`, at the paper's own sizes.
 
 Cost: 36 trainings of 500 steps, about an hour of one core.
 """
 
-from experiments.lab import NARROW, UNET, WIDE, Model, in_regimes
+from experiments.lab import NARROW, UNET, WIDE, Model, in_regimes, tuned
 from experiments.report import Claim
 
 HEADS = {"none": {}, "mlp": dict(head="mlp", head_width=320, head_depth=2),
@@ -19,8 +19,8 @@ HEADS = {"none": {}, "mlp": dict(head="mlp", head_width=320, head_depth=2),
          "attention": dict(head="attention", head_width=48, head_depth=2), "unet": UNET}
 WIDER = {NARROW: 272, WIDE: 368}
 MODELS = in_regimes(lambda base: {
-    **{name: Model(base.replace(**changes)) for name, changes in HEADS.items()},
-    "wider": Model(base.replace(hidden_size=WIDER[base]))})
+    **{name: tuned(base.replace(**changes)) for name, changes in HEADS.items()},
+    "wider": Model(base.replace(hidden_size=WIDER[base]), 3e-3)})
 CLAIMS = [
     Claim(text, a, b, measure, "Table 2", paper)
     for text, a, b, paper in (

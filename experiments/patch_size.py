@@ -9,13 +9,13 @@ without a U-Net head in the paper's proportion.
 Cost: 18 trainings of 500 steps, about an hour of one core.
 """
 
-from experiments.lab import WIDE, Model
+from experiments.lab import WIDE, tuned
 from experiments.report import Claim
 
 UNETS = {4: (16, 2), 8: (32, 3), 16: (64, 4)}                # P: base channels, stages
 MODELS = {"shapes": {
-    **{f"DiT, {P}": Model(WIDE.replace(patch_size=P)) for P in UNETS},
-    **{f"DiP, {P}": Model(WIDE.replace(patch_size=P, head="unet", head_width=C, head_depth=n))
+    **{f"DiT, {P}": tuned(WIDE.replace(patch_size=P)) for P in UNETS},
+    **{f"DiP, {P}": tuned(WIDE.replace(patch_size=P, head="unet", head_width=C, head_depth=n))
        for P, (C, n) in UNETS.items()}}}
 CLAIMS = [Claim(f"{a} is better than {b}", a, b, measure, "Fig. 10b", "a curve")
           for a, b in (("DiT, 4", "DiT, 8"), ("DiT, 8", "DiT, 16"), ("DiP, 8", "DiP, 16"),

@@ -9,12 +9,12 @@ After the last block (post-hoc), between two blocks with its pixels projected ba
 Cost: 24 trainings of 500 steps, about 45 minutes of one core.
 """
 
-from experiments.lab import UNET, Model, in_regimes
+from experiments.lab import UNET, in_regimes, tuned
 from experiments.report import Claim
 
 PLACES = {"no head": {}, "post-hoc": UNET, "intermediate": dict(placement="intermediate", **UNET),
           "hybrid": dict(placement="hybrid", **UNET)}
-MODELS = in_regimes(lambda base: {name: Model(base.replace(**changes))
+MODELS = in_regimes(lambda base: {name: tuned(base.replace(**changes))
                                   for name, changes in PLACES.items()})
 CLAIMS = [Claim(f"{a} placement is better than {b}", a, b, measure, "Sec. 4.3",
                 "better than FID 5.28" if b == "no head" else "-")

@@ -9,12 +9,12 @@ clean image x instead of the velocity v, with the loss on the velocity as ever.
 Cost: 24 trainings of 500 steps, about 45 minutes of one core.
 """
 
-from experiments.lab import UNET, Model, in_regimes
+from experiments.lab import UNET, in_regimes, tuned
 from experiments.report import Claim
 
 KINDS = {"DiT-v": {}, "DiT-x": dict(prediction="x"), "DiP-v": UNET,
          "DiP-x": dict(prediction="x", **UNET)}
-MODELS = in_regimes(lambda base: {name: Model(base.replace(**changes))
+MODELS = in_regimes(lambda base: {name: tuned(base.replace(**changes))
                                   for name, changes in KINDS.items()})
 CLAIMS = [Claim(text, a, b, measure, source)
           for text, a, b, source in (

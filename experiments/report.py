@@ -17,13 +17,17 @@ its seeds, or if its samples are named right less than half as often as the medi
 beside the figures and left out of the means.  The column "paper" says what the paper found.
 """
 
+import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+from common import save_atomically
 
 SEEN, OPPOSITE, LEVEL, UNCLEAR = "seen", "opposite", "level", "unclear"
 MARGINS = {"loss": 0.02, "detail": 0.02, "excess": 0.02}     # relative; others 0.05
@@ -217,3 +221,10 @@ def plot_strip(axes, title, strip):
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
     axes.set_title(title, size=10)
+
+
+def write_json(path, content):
+    """Indented, with lists of numbers on one line."""
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]),
+                  json.dumps(content, indent=1))
+    save_atomically(path, lambda partial: partial.write_text(text + "\n"))

@@ -13,7 +13,7 @@ Cost: 3 trainings of 500 steps and 60 sets of 1000 samples, about an hour of one
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.lab import NARROW, STEPS, UNET, Model
+from experiments.lab import NARROW, STEPS, UNET, tuned
 from experiments.report import COLOURS, LABELS, Claim, find
 from sample import SampleOptions
 
@@ -25,7 +25,7 @@ METHODS = {    # label, evaluations a step, settings
     "everywhere": ("Euler, guided everywhere", 1, dict(sampler="euler", cfg=2.0)),
     "interval": ("Euler, guided in the interval", 1,
                  dict(sampler="euler", cfg=2.0, interval=SampleOptions.interval))}
-MODELS = {"narrow, shapes": {"DiP": Model(NARROW.replace(**UNET))}}
+MODELS = {"narrow, shapes": {"DiP": tuned(NARROW.replace(**UNET))}}
 CLAIMS = [Claim(text, a, b, "frechet", source, paper) for text, a, b, source, paper in (
     ("Euler: 48 evaluations are better than 24", "euler 48", "euler 24", "Table 1",
      "FID 1.90 (100) against 1.98 (75)"),
