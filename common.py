@@ -1,12 +1,11 @@
 """
-What train.py and sample.py share, none of it about diffusion: random streams, files that are never
-half written, checkpoints, processes and devices, the command line.
+What the commands share: random streams, files that are never half written, checkpoints and weights,
+compiling and memory, processes and devices, options and how a command ends.
 """
 
 import argparse
 import ctypes
 import dataclasses
-import difflib
 import errno
 import hashlib
 import math
@@ -73,16 +72,6 @@ def save_atomically(path, write):
         raise OSError(f"{path} could not be written; is the disk full? ({line})") from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def free_name(path):
-    """The path, or the first of path-2, path-3, ... that is not taken."""
-    path, k = Path(path), 1
-    name = path
-    while name.exists():
-        k += 1
-        name = path.with_stem(f"{path.stem}-{k}")
-    return name
 
 
 @contextmanager
@@ -187,7 +176,7 @@ def check_types(path, state, types):
 def load_checkpoint(path, verify=False):
     """The dict that train.py saved, its tensors mapped from the file.  Runs no code from it.
 
-    verify: also compare every byte with the checksums in the file, as nothing else does.
+    verify: also compare every byte with the checksums in the file, which torch.load does not do.
     """
     state = read_file(path)
     check_types(path, state, CHECKPOINT | RESUMABLE)
@@ -256,7 +245,7 @@ def read_ours(path, state, ema):
     if weights is None:
         raise ValueError(f"{path} has the averaged weights alone: leave out --no-ema")
     with in_one_line(f"{path}: its configuration cannot be used"):
-        for field in ("depth", "head_depth"):                # before 2 ** head_depth is computed
+        for field in ("depth", "head_depth"):                # else a hostile 2 ** head_depth hangs
             if state["config"].get(field, 0) > len(weights):
                 raise ValueError(f"{len(weights)} weights for {field}={state['config'][field]}")
         config = DiPConfig(**state["config"])
@@ -313,31 +302,8 @@ def imagenet_names():
     return dict(line.split(" ", 1) for line in lines)
 
 
-def find_class(query, classes, names):
-    """Index of a class given by index, folder name or readable name."""
-    def plain(name):
-        return name.lower().replace("_", " ")
-
-    found = {i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)}
-    if query.isdecimal() and int(query) < len(names):
-        if found - {int(query)}:
-            raise ValueError(f"--class {query} is the index of {classes[int(query)]!r}, and the "
-                             f"name of class {min(found - {int(query)})}: give that index")
-        return int(query)
-    if len(found) == 1:
-        return min(found)
-    if found:
-        several = ", ".join(map(str, sorted(found)))
-        raise ValueError(f"--class {query!r} names several classes: {several}; give an index")
-    if query.isdecimal():
-        raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
-    close = difflib.get_close_matches(plain(query), names, 3, 0.4) or names[:5]
-    raise ValueError(f"--class {query!r} is unknown; near it: {', '.join(map(repr, close))}; "
-                     f"or an index from 0 to {len(names) - 1}")
-
-
 # -------------------------------------------------------------------------------------------------
-# The model in pieces, and the memory it takes
+# The model in pieces, in bfloat16, and the memory that its training takes
 
 
 def pieces(model):
@@ -395,14 +361,14 @@ def memory_needed(config, dtype=None, grad_checkpoint=False):
     return (5.5 if dtype else 5) * weights, per_image
 
 
-def free_memory(device):
+def available_memory(device):
     """Bytes that a process may still use on the device; infinite where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         text = Path("/proc/meminfo").read_text()
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
-        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # of its ranks
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # shared by its ranks
     except (OSError, TypeError):                             # no such file, or no such line in it
         return math.inf
 
@@ -547,6 +513,10 @@ def at_least(minimum, **values):
                              f"and finite")
 
 
+# -------------------------------------------------------------------------------------------------
+# Running a command
+
+
 def progress(items, what, **settings):
     """A progress bar, also where the terminal does not know its own width."""
     return tqdm(items, what, ncols=shutil.get_terminal_size().columns, **settings)
@@ -572,7 +542,7 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0)                                       # M_MMAP_MAX: no block of its own
+        mallopt(-4, 0)                                       # M_MMAP_MAX: no separate mappings
 
 
 def run_main(main):

@@ -1,6 +1,5 @@
 """
-What training is fed with: examples and their randomness, image folders, the encoder of REPA, and
-the embedded shapes.
+What training is fed with: examples, image folders, the features of REPA, the embedded shapes.
 """
 
 import os
@@ -18,7 +17,7 @@ from common import imagenet_names, is_of_the_system, random_stream
 from fid import ENDINGS, list_images, read_image
 
 # -------------------------------------------------------------------------------------------------
-# Examples: everything random in training, as a function of (seed, position in the run)
+# Examples: order, flip, time, noise and label dropout as a function of (seed, position in the run)
 
 
 class Examples(Dataset):
@@ -37,7 +36,7 @@ class Examples(Dataset):
 
     def __getitem__(self, k):
         """uint8 (H, W, 3), label, z () ~ N(0, 1) for the time, u () ~ U(0, 1) for label dropout,
-        k: small enough to pass from a loader process"""
+        and k, from which the noise is drawn on the device: it need not leave a loader process"""
         index, g = self.index(k), random_stream(self.seed, self.purpose, k)
         z, (u, coin) = torch.randn((), generator=g), torch.rand(2, generator=g)
         pixels, label = self.data[index]
@@ -92,7 +91,8 @@ class FolderData:
     """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions; or
     <root>/*.jpg, one class.
 
-    An unreadable file is named in a warning, once, and the next readable one stands in for it.
+    An unreadable file is named in a warning, once, and the next readable one stands in for it; more
+    than 1 % of them are an error.
     """
 
     flip = True
@@ -201,7 +201,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, x_0):
-        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w), a patch of its for 16 x 16 pixels"""
+        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w): one feature for 16 x 16 pixels"""
         h, w = (max(1, round(side / 16)) for side in x_0.shape[-2:])
         P = self.net.patch_size
         x = F.interpolate((x_0 + 1) / 2, size=(h * P, w * P), mode="bicubic", antialias=True)

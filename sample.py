@@ -13,6 +13,7 @@ With the same settings image i depends on (seed, i, class), not on the number of
 size changes rounding only: in bf16, on a GPU, by up to a few levels of a pixel.
 """
 
+import difflib
 import json
 import math
 import shutil
@@ -25,10 +26,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import (OUR_WEIGHTS, at_least, autocast, compile_pieces, find_checkpoint, find_class,
-                    free_name, in_one_line, keep_in_bf16, load_model, option, parse_options,
-                    progress, random_stream, run_main, save_atomically, start_processes,
-                    write_weights)
+from common import (OUR_WEIGHTS, at_least, autocast, compile_pieces, find_checkpoint, in_one_line,
+                    keep_in_bf16, load_model, option, parse_options, progress, random_stream,
+                    run_main, save_atomically, start_processes, write_weights)
 from dip import check_multiple
 
 # -------------------------------------------------------------------------------------------------
@@ -203,6 +203,7 @@ def sample_grid(model, names, options):
     names = [names[c] for c in classes]
     labels = [c for c in classes for _ in range(num)]
     indices = [j for _ in classes for j in range(num)]
+
     def watch(t, x, v):                      # Heun visits most times twice: the last visit stays
         seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x)
 
@@ -342,7 +343,7 @@ class SampleOptions:
 
     sampler: str = option("euler", "integrator", group="how to draw", choices=tuple(SAMPLERS))
     steps: int = option(100, "steps from t = 1 to t = 0")
-    cfg: float = option(2.9, "guidance scale, 1 = off; from Appendix C:")
+    cfg: float = option(2.9, "guidance scale of Appendix C; 1 = off")
     interval: tuple = option((0.03, 0.89), "guidance acts for t in it; paper: 1 - t in 0.11 0.97",
                              nargs=2, type=float, metavar=("LOW", "HIGH"))
     time_shift: float = option(1.0, "> 1 spends more steps near noise")
@@ -370,6 +371,8 @@ class SampleOptions:
                              "leave out --class, --num and --trajectory")
         if self.save_weights and Path(self.save_weights).suffix != ".pt":
             raise ValueError(f"--save-weights {self.save_weights} must end in .pt")
+        if self.save_weights and not self.ema:
+            raise ValueError("--save-weights keeps the averaged weights; leave out --no-ema")
         if self.out and not self.num_samples and Path(self.out).suffix.lower() != ".png":
             raise ValueError(f"--out {self.out} must end in .png; an .npz needs --num-samples")
 
@@ -377,6 +380,39 @@ class SampleOptions:
         """What generate() needs to know."""
         return dict(seed=self.seed, size=self.size or None, sampler=self.sampler, steps=self.steps,
                     cfg=self.cfg, interval=tuple(self.interval), shift=self.time_shift)
+
+
+def find_class(query, classes, names):
+    """Index of a class given by index, folder name or readable name."""
+    def plain(name):
+        return name.lower().replace("_", " ")
+
+    found = {i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)}
+    if query.isdecimal() and int(query) < len(names):
+        if found - {int(query)}:
+            raise ValueError(f"--class {query} is the index of {classes[int(query)]!r}, and the "
+                             f"name of class {min(found - {int(query)})}: give that index")
+        return int(query)
+    if len(found) == 1:
+        return min(found)
+    if found:
+        several = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"--class {query!r} names several classes: {several}; give an index")
+    if query.isdecimal():
+        raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
+    close = difflib.get_close_matches(plain(query), names, 3, 0.4) or names[:5]
+    raise ValueError(f"--class {query!r} is unknown; near it: {', '.join(map(repr, close))}; "
+                     f"or an index from 0 to {len(names) - 1}")
+
+
+def free_name(path):
+    """The path, or the first of path-2, path-3, ... that is not taken."""
+    path, k = Path(path), 1
+    name = path
+    while name.exists():
+        k += 1
+        name = path.with_stem(f"{path.stem}-{k}")
+    return name
 
 
 def announce(options, model, info):

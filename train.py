@@ -12,8 +12,8 @@ The same command resumes.  Image, flip, time, noise and label dropout of example
 k) alone, not on the number of processes, micro-batches and workers; results agree up to the order
 of sums.  Noise is drawn on the device, so CPU and GPU differ.  A run writes ckpt-*.pt, log.jsonl,
 loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save a checkpoint and end it (torchrun
-needs --shutdown-timeout 300 for large ones); an update that is not finite is skipped; an unreadable
-image is replaced.
+needs --shutdown-timeout 300 for large ones); an update that is not finite is skipped; up to 1 % of
+the images may be unreadable.
 """
 
 import copy
@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common import (at_least, autocast, check_fit, compile_pieces, free_memory, in_one_line,
+from common import (at_least, autocast, available_memory, check_fit, compile_pieces, in_one_line,
                     load_checkpoint, load_model, locked, memory_needed, newest_intact,
                     noted_signals, option, parse_options, pieces, progress, run_main,
                     save_atomically, start_processes, write_checkpoint)
@@ -136,14 +136,15 @@ def configure(options, processes, initial=None):
         config = PRESETS[name]
     options.model = name
     changes = read_changes(options.set, config)
-    if changes.get("head", config.head) != config.head:      # a head has its own size
+    if changes.get("head", config.head) != config.head:      # another head has sizes of its own
         changes = {"head_width": 0, "head_depth": 0} | changes
         say(f"head={changes['head']}: its own head_width and head_depth, unless --set gives them")
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
     options.image_size = config.image_size
     recipe = dict(RECIPES.get(name, PAPER))
     if name in RECIPES and config.image_size > 64:           # fewer images: steps stay short
-        recipe["batch_size"] = max(4, 16 * 64**2 // config.image_size**2)
+        images = max(4, 16 * 64**2 // config.image_size**2)
+        recipe["batch_size"] = images + -images % processes.world
     for field, value in recipe.items():
         if getattr(options, field) is None:
             setattr(options, field, value)
@@ -159,8 +160,8 @@ def configure(options, processes, initial=None):
 
 def read_changes(pairs, config):
     """{field: value} of --set FIELD=VALUE ..."""
-    fields = {field: type(value) for field, value in asdict(config).items()
-              if field not in ("image_size", "num_classes", "repa_dim")}     # flag, data, encoder
+    fields = {field: type(value) for field, value in asdict(config).items()     # the others come
+              if field not in ("image_size", "num_classes", "repa_dim")}  # from elsewhere
     changes = {}
     for pair in pairs:
         field, equals, value = pair.partition("=")
@@ -183,8 +184,8 @@ def choose_micro_batch(options, config, processes):
                          f"{processes.world} processes x --micro-batch {options.micro_batch or 1}")
     on_cuda = processes.device.type == "cuda"
     if on_cuda and options.micro_batch:
-        return                       # tried as it is: out of memory ends in one clear line there
-    free = free_memory(processes.device)
+        return                       # tried as it is: run_main() says when memory runs out
+    free = available_memory(processes.device)
     fixed, per_image = memory_needed(config, torch.bfloat16 if on_cuda else None,
                                      options.grad_checkpoint)
     candidates = [options.micro_batch] if options.micro_batch else [
@@ -223,7 +224,7 @@ def update_ema(ema, model, step, decay):
 
 def accumulate(net, batches, options, config, processes, encoder=None):
     """Add the gradients of one global batch, micro-batch by micro-batch; returns the sums of its
-    losses by time on this rank, as by_time()."""
+    losses by time on this rank, shaped as by_time() returns them."""
     count = options.batch_size // (processes.world * options.micro_batch)
     sums = torch.zeros(3, TIME_BINS, device=processes.device)
     for k in range(count):
@@ -272,19 +273,19 @@ def fit(options, config, data, val_data, processes, encoder=None, signals=(), bu
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (done % options.save_every == 0 and not skipped)
         if log or save:
-            unlogged = processes.reduce(unlogged) * (rank == 0)  # rank 0 keeps what all have seen
+            unlogged = processes.reduce(unlogged) * (rank == 0)  # rank 0 has the sum, others 0
         if rank == 0 and log and unlogged.any():             # some update was not skipped
             speed = (done - since) * options.batch_size / (time.time() - clock)
             log_step(out, bar, done, mean_losses(unlogged), lr, speed, norm)
             unlogged, since, clock = torch.zeros_like(unlogged), done, time.time()
-        if rank == 0 and save:                               # before what may end the run
+        if rank == 0 and save:                               # before bad files end the run
             save_run(options, config, data, model, ema, optimizer, done, unlogged)
         if log:
             refuse_bad_files((data, val_data), processes)
         if rank == 0 and sample:
             look(out, done, ema, data, val_data, options, signals)
         if sample or save:
-            since, clock = done, time.time()                 # neither is training
+            since, clock = done, time.time()                 # the speed is that of training alone
         if stop:
             processes.barrier()                              # nobody leaves before it is saved
             break
@@ -313,7 +314,7 @@ def prepare(model, options, processes):
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     if processes.world == 1:
         return model
-    # a bucket's border cuts a compiled graph in two: few, large buckets
+    # with --compile a bucket's border cuts a graph in two: few, large buckets
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
@@ -324,14 +325,14 @@ def prepare(model, options, processes):
 def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
     """Model, its average and optimizer, steps done, losses not yet logged: new, or from --out."""
     out, rank, device = Path(options.out), processes.rank, processes.device
-    torch.manual_seed(options.seed)                          # the same weights, EMA on every rank
+    torch.manual_seed(options.seed)          # the same on every rank; DDP does not send the EMA
     model = build(config).to(device)
     path = processes.on_first(lambda: newest_intact(out, verify=True))
     if initial and not path:
         start_from(initial, model, options.init, rank)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0,    # Table 4
-                                  fused=True)
+    # weight decay: Table 4
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
     first_step, unlogged = 0, torch.zeros(3, TIME_BINS)
     if path:
         first_step, unlogged = resume(path, options, config, data, model, ema, optimizer, rank)
@@ -345,7 +346,7 @@ def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
 
 def start_from(initial, model, path, rank):
     """Copy weights into a fresh model.  With another number of classes the label table stays new,
-    except the null class; REPA's projector is copied only if both have one."""
+    except the null class; REPA's projector stays new where the other's does not fit."""
     weights, fresh = dict(initial), model.state_dict()
     rows, name = len(fresh["label.weight"]), "label.weight"
     if len(weights[name]) != rows:
@@ -355,10 +356,10 @@ def start_from(initial, model, path, rank):
             print(f"--init {path} has {len(weights[name]) - 1} classes: a new label table for "
                   f"{rows - 1}; the null class is kept")
         weights[name] = table
-    weights = {key: weight for key, weight in weights.items() if key in fresh
-               or not key.startswith("repa_projector.")}
-    weights |= {key: weight for key, weight in fresh.items() if key not in weights
-                and key.startswith("repa_projector.")}
+    ours = {key: weight for key, weight in fresh.items() if key.startswith("repa_projector.")}
+    theirs = {key: weights.pop(key) for key in list(weights) if key.startswith("repa_projector.")}
+    fits = {k: w.shape for k, w in theirs.items()} == {k: w.shape for k, w in ours.items()}
+    weights |= theirs if fits else ours
     check_fit(path, model, weights)
     model.load_state_dict(weights)
 
@@ -388,7 +389,7 @@ def resume(path, options, config, data, model, ema, optimizer, rank):
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)   # lr and the like stay those of the options
         unlogged = torch.zeros(3, TIME_BINS)
-        if rank == 0:                        # which keeps what all have seen
+        if rank == 0:                        # the sum over all ranks; the others go on from 0
             unlogged.copy_(state["unlogged"])
     for field in ("steps", "lr", "warmup", "cooldown", "clip", "data"):      # may change
         then, now = state["options"].get(field), getattr(options, field)
@@ -456,12 +457,12 @@ def stop_if(signals):
 
 
 def write_pictures(out, step, ema, data, val_data, options, signals=()):
-    """Validation loss into the log, a grid of samples, the loss curve; less after a signal."""
+    """Validation loss into the log, a grid of samples, the loss curve; cut short by a signal."""
     device = next(ema.parameters()).device
     try:
         if val_data:
             losses = validate(ema, Examples(val_data, 0, "val"), device,
-                              min(50, options.micro_batch or 50), signals=signals)
+                              min(50, options.micro_batch), signals=signals)
             write_log(out, step=step, **mean_losses(losses, "val_"))
         write_samples(out, step, ema, data.names, options.seed, signals)
     except Interrupted:
@@ -470,8 +471,8 @@ def write_pictures(out, step, ema, data, val_data, options, signals=()):
 
 
 def write_samples(out, step, ema, names, seed, signals=()):
-    """A grid of the EMA's images, a class a row: samples-<step>.png.  Large images on a CPU take
-    long: fewer of them there."""
+    """A grid of the EMA's images, a class a row: samples-<step>.png.  Drawn in a hurry: 20 steps,
+    where sample.py takes 100, and fewer images where they are large and the device is a CPU."""
     large = next(ema.parameters()).device.type == "cpu" and ema.config.image_size > 64
     count, columns, steps = (min(4, len(names)), 1, 10) if large else (min(10, len(names)), 5, 20)
     classes = [k * len(names) // count for k in range(count)]            # evenly among many
@@ -549,8 +550,8 @@ def report_skipped(out, step, skipped, losses, processes):
 
 
 def newest_up_to(out, step):
-    """The newest checkpoint at or before a step, or None.  resume() passed over any later one: it
-    is broken."""
+    """The newest checkpoint at or before a step, or None.  Any later one is broken: newest_intact()
+    passed over it."""
     name = f"ckpt-{step:08d}.pt"
     return max((path for path in out.glob("ckpt-*.pt") if path.name <= name), default=None)
 
@@ -591,6 +592,8 @@ def main():
     choose_micro_batch(options, config, processes)
     if processes.rank == 0:
         announce(options, config, data, processes)
+        if initial and initial[1]["classes"] != data.classes and len(data.classes) > 1:
+            print(f"note: the classes of --init {options.init} have other names than those of --data")
     out, weights = Path(options.out), initial and initial[0].state_dict()
     with locked(out) if processes.rank == 0 else nullcontext():
         with noted_signals() as signals:

@@ -23,8 +23,9 @@ from PIL import Image
 import common
 import dataset
 import sample
-from common import find_class, random_stream
-from sample import SAMPLERS, draw_grid, generate, guided, time_grid, to_uint8
+from common import random_stream
+from sample import (SAMPLERS, draw_grid, find_class, generate, guided, time_grid,
+                    to_uint8)
 
 ORDERS = {"euler": 1, "heun": 2, "ab2": 2}
 LITERAL = {"euler": literal.euler, "heun": literal.heun, "ab2": literal.adams_bashforth}

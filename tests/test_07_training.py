@@ -395,6 +395,9 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder(capsys)
     config = train.configure(options, alone())
     assert (options.lr, options.steps, options.sample_every, options.save_every) == (1e-5, 3, 0, 2)
     assert options.batch_size == 4                           # 16 (64 / 128)^2
+    shared = TrainOptions(model="DiP-Nano/16", image_size=96)
+    train.configure(shared, common.Processes(0, 2, torch.device("cpu")))
+    assert shared.batch_size == 8                            # 16 (64 / 96)^2 = 7, for two
     assert (config.head, config.head_width, config.depth, config.image_size) == ("mlp", 0, 3, 128)
     assert options.out == "runs/DiP-Nano-16-head-mlp-depth-3-128"
     said = capsys.readouterr().out
@@ -412,14 +415,14 @@ def test_micro_batches_fit_the_memory_or_the_run_refuses(monkeypatch):
     config, chosen = PRESETS["DiP-Ti/16"], []
     fixed, per_image = common.memory_needed(config)
     for free in (1000 * GIB, fixed + 9 * per_image, fixed + 1.5 * per_image):
-        monkeypatch.setattr(train, "free_memory", lambda device: free)
+        monkeypatch.setattr(train, "available_memory", lambda device: free)
         monkeypatch.setattr(train, "memory_needed", lambda *_: (fixed, per_image))
         options = TrainOptions(batch_size=256)
         train.choose_micro_batch(options, config, alone())
         chosen.append(options.micro_batch)
     assert chosen == [32, 8, 1]
     options = TrainOptions(batch_size=24)
-    monkeypatch.setattr(train, "free_memory", lambda device: fixed + 9 * per_image)
+    monkeypatch.setattr(train, "available_memory", lambda device: fixed + 9 * per_image)
     train.choose_micro_batch(options, config, alone())
     assert options.micro_batch == 8                          # the largest divisor that fits
     monkeypatch.setattr(common.Processes, "gather", lambda self, mine: [mine, 3][:self.world])
@@ -432,7 +435,7 @@ def test_micro_batches_fit_the_memory_or_the_run_refuses(monkeypatch):
                                          r"a smaller --micro-batch, --image-size or --model, or "
                                          r"--grad-checkpoint, helps"):
         train.choose_micro_batch(options, config, alone())
-    monkeypatch.setattr(train, "free_memory", lambda device: fixed)
+    monkeypatch.setattr(train, "available_memory", lambda device: fixed)
     with pytest.raises(ValueError, match="--micro-batch 1 needs about"):
         train.choose_micro_batch(TrainOptions(batch_size=256), config, alone())
 
@@ -463,7 +466,7 @@ def test_the_memory_needed_is_what_a_step_keeps(name):
 def test_the_free_memory_is_that_of_the_machine():
     """MemAvailable of Linux in bytes; forbids kilobytes taken for bytes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert total / 1000 < common.free_memory(torch.device("cpu")) <= total
+    assert total / 1000 < common.available_memory(torch.device("cpu")) <= total
 
 
 # --- whole runs ---------------------------------------------------------------------------------
@@ -790,11 +793,17 @@ def test_init_starts_from_the_average_with_a_new_label_table(monkeypatch, traine
 
 
 def test_init_of_as_many_classes_keeps_the_label_table(monkeypatch, trained, tmp_path, capsys):
-    run(monkeypatch, train, f"--init {trained} --lr 0 --steps 1 --batch-size 2 --sample-every 0",
-        f"--device cpu --out {tmp_path}")
-    assert "label table" not in capsys.readouterr().out
-    given, now = checkpoint(trained)["ema"], checkpoint(tmp_path)["model"]
-    assert all(torch.equal(now[name], given[name]) for name in given)
+    """And says so if their names are others."""
+    state, words = checkpoint(trained), "--lr 0 --steps 1 --batch-size 2 --sample-every 0"
+    torch.save(state | {"classes": [f"other {k}" for k in range(10)]}, tmp_path / "other.pt")
+    for file, said in ((trained, False), (tmp_path / "other.pt", True)):
+        out = tmp_path / f"run{said}"
+        run(monkeypatch, train, f"--init {file} {words} --device cpu --out {out}")
+        text = capsys.readouterr().out
+        assert "label table" not in text
+        assert ("have other names than those of --data" in text) == said
+        now = checkpoint(out)["model"]
+        assert all(torch.equal(now[name], weight) for name, weight in state["ema"].items())
 
 
 def test_init_with_or_without_the_projector_of_repa(monkeypatch, trained, tmp_path, aligned):
@@ -805,6 +814,15 @@ def test_init_with_or_without_the_projector_of_repa(monkeypatch, trained, tmp_pa
     assert projector
     run(monkeypatch, train, f"--init {tmp_path}/with {often} --out {tmp_path}/without")
     assert not [name for name in checkpoint(tmp_path / "without")["model"] if "repa" in name]
+
+
+def test_init_with_the_projector_of_another_encoder_makes_a_new_one():
+    theirs, ours = (DiP(SMALL.replace(repa_dim=dim)) for dim in (6, 5))
+    fresh = copy.deepcopy(ours.state_dict())
+    train.start_from(theirs.state_dict(), ours, "FILE", 0)
+    for name, weight in ours.state_dict().items():
+        source = fresh if name.startswith("repa_projector.") else theirs.state_dict()
+        assert torch.equal(weight, source[name]), name
 
 
 def release_weights(D=8, heads=2, depth=2, classes=3, P=16):

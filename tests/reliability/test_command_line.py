@@ -109,7 +109,7 @@ def test_a_preset_that_does_not_fit_the_memory_is_refused_before_the_first_step(
                                                                                 tmp_path):
     """DiP-Ti/16 at 256 pixels: forbids 23 GB and a kernel that kills without a word."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "free_memory", lambda device: 2**27)
+    monkeypatch.setattr(train, "available_memory", lambda device: 2**27)
     line = error_line(monkeypatch, train, "--model DiP-Ti/16 --device cpu")
     assert "--micro-batch 1 needs about 0." in line and "0.1 GiB are free; a smaller" in line
     assert "--model, or --grad-checkpoint, helps" in line and not os.listdir(tmp_path)
@@ -118,7 +118,7 @@ def test_a_preset_that_does_not_fit_the_memory_is_refused_before_the_first_step(
 def test_a_preset_on_a_cpu_is_announced_with_micro_batches_that_fit(monkeypatch, tmp_path, capsys):
     """And with the days it takes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "free_memory", lambda device: 2**31)
+    monkeypatch.setattr(train, "available_memory", lambda device: 2**31)
     monkeypatch.setattr(train, "fit", lambda options, *rest, **more: (None, options.steps))
     run(monkeypatch, train, "--model DiP-Ti/16 --device cpu")
     text = capsys.readouterr().out
@@ -184,6 +184,7 @@ def test_without_pictures_none_are_drawn_and_with_them_they_are_named(monkeypatc
     ("--ckpt ''", "--ckpt is empty: an unset variable? Leave it out, or name it"),
     ("--out ''", "--out is empty: an unset variable?"),
     ("--save-weights ''", "--save-weights is empty: an unset variable?"),
+    ("--save-weights w.pt --no-ema", "--save-weights keeps the averaged weights; leave out --no-"),
 ])
 def test_sampling_refuses(monkeypatch, trained, tmp_path, words, answer):
     monkeypatch.chdir(tmp_path)

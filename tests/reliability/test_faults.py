@@ -601,7 +601,7 @@ def assert_loads_or_is_refused(path, state):
     torch.save(state, path)
     try:
         _, info = common.load_model(path, torch.device("cpu"))
-        common.find_class("0", info["classes"], info["names"])
+        sample.find_class("0", info["classes"], info["names"])
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
 
