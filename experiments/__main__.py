@@ -45,26 +45,37 @@ def load(name):
 
 
 def run(name, lab):
-    """Run an experiment; write its JSON and its PNG."""
+    """Run an experiment; add its rows to its JSON, and draw its PNG if all of them can be drawn."""
     experiment, options = load(name), lab.options
     path, picture = Path(options.results, f"{name}.json"), Path(options.pictures, f"{name}.png")
-    measure = getattr(experiment, "measure", lambda lab, experiment: dict(
-        rows=lab.rows(experiment), classifiers=lab.calibrate(experiment)))
-    results = dict(num=options.num, hardware=hardware(lab.processes.device),
-                   torch=torch.__version__, compiled=options.compile) | measure(lab, experiment)
-    if not results["rows"]:
+    made = dict(num=options.num, hardware=hardware(lab.processes.device),
+                torch=torch.__version__, compiled=options.compile)
+    rows = {key(row): row | made for row in lab.rows(experiment)}
+    if not rows:
         print(f"{name}: left out, it needs --photos DIR")
         return
-    groups = {row["group"] for row in results["rows"]}
-    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    results["rows"] += [row for row in old["rows"] if row["group"] not in groups]
-    if "classifiers" in results:
-        results["classifiers"] = old.get("classifiers", {}) | results["classifiers"]
+    old = json.loads(path.read_text()) if path.exists() else {"rows": [], "classifiers": {}}
+    rows = {key(row): row for row in old["rows"]} | rows
+    order = [(group, model) for group, models in experiment.MODELS.items() for model in models]
+    known = [row for row in rows.values() if (row["group"], row["model"]) in order]
+    known.sort(key=lambda row: (row["seed"], order.index((row["group"], row["model"]))))
+    judged = any("frechet" in row for row in known)
+    results = dict(classifiers=old["classifiers"] | (lab.calibrate(experiment) if judged else {}),
+                   rows=known)
     write_json(path, results)
-    figure = getattr(experiment, "draw", plot_rows)(json.loads(path.read_text()), lab)
+    print(f"{name}: wrote {path}", flush=True)
+    if {row["group"] for row in known} > {group for group, *_ in lab.runs(experiment)}:
+        print(f"{name}: {picture} stays as it is, it needs --photos DIR")
+        return
+    figure = getattr(experiment, "draw", plot_rows)(results, lab)
     save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
     plt.close(figure)
-    print(f"{name}: wrote {path} and {picture}", flush=True)
+    print(f"{name}: wrote {picture}", flush=True)
+
+
+def key(row):
+    """What tells one row from another."""
+    return row["group"], row["model"], row["seed"], row["steps"]
 
 
 def tables():
@@ -74,7 +85,7 @@ def tables():
         path = RESULTS / f"{name}.json"
         if path.exists():
             results = json.loads(path.read_text())
-            found[name] = f"{claims_table(load(name), results)}\n\n{rows_table(results)}"
+            found[name] = f"{claims_table(load(name), results)}\n\n{rows_table(results)}".strip()
     return found
 
 

@@ -1,15 +1,11 @@
 """
 Fig. 4 and 8: do the tokens of a DiP tell the classes apart better than those of a DiT-only?
 
-    python -m experiments features
-
 The tokens after the last block, averaged over the image, of noisy held-out images (t = 0.3) without
 a label.  Accuracy: of a ridge regression to one-hot labels, fitted to tokens of training images.
 Silhouette: from -1 to 1, above 0 for clusters.  The picture shows the plane of the two linear
 discriminants, fitted to training images; the paper draws t-SNE, which needs no labels and shows
 clusters that linear discriminants may not.
-
-Cost: the trainings of placement.py.
 """
 
 import matplotlib.pyplot as plt
@@ -26,11 +22,10 @@ from experiments.placement import MODELS
 from experiments.report import COLOURS, Claim, find
 
 TIME = 0.3
-CLAIMS = [Claim(f"tokens of {a} tell the classes apart better than those of {b}", a, b, measure,
-                source, "a picture")
+CLAIMS = [Claim(f"tokens of {a} tell the classes apart better than those of {b}", a, b,
+                ("probe", "silhouette"), source, "a picture")
           for a, b, source in (("post-hoc", "no head", "Fig. 4"), ("post-hoc", "hybrid", "Fig. 8"),
-                               ("intermediate", "hybrid", "Fig. 8"))
-          for measure in ("probe", "silhouette")]
+                               ("intermediate", "hybrid", "Fig. 8"))]
 
 
 @torch.no_grad()
@@ -41,7 +36,7 @@ def tokens(net, examples, n):
     for start in range(0, n, 100):
         chunk = [examples[k] for k in range(start, min(start + 100, n))]
         x_0, y, noise, *_ = examples.on_device(default_collate(chunk), device)
-        t, null = torch.full((len(y),), TIME, device=device), torch.full_like(y, 10)
+        t, null = torch.full((len(y),), TIME, device=device), torch.full_like(y, net.config.num_classes)
         net(interpolate(x_0, noise, t), t, null)
         labels.append(y)
     hook.remove()
@@ -75,35 +70,33 @@ def discriminants(x, y):
     return scipy.linalg.eigh(np.cov(nearest.T), inside)[1][:, :-3:-1]
 
 
-def measure(lab, experiment):
-    rows, clouds, (fitted, held_out) = [], [], (60, 60) if lab.quick else (1000, 500)
-    for group, name, model, seed in lab.runs(experiment):
-        sets = [Examples(data, 0, "features")
-                for data in lab.data(model.data, model.config.image_size)]
-        net = lab.train(model, seed, STEPS)[0]
-        (x, y), (x_new, y_new) = (tokens(net, *pair) for pair in zip(sets, (fitted, held_out)))
-        mean, std = x.mean(axis=0), x.std(axis=0) + 1e-9
-        x, x_new = (x - mean) / std, (x_new - mean) / std
-        rows.append(dict(group=group, model=name, seed=seed, steps=STEPS,
-                         probe=probe(x, y, x_new, y_new), silhouette=silhouette(x_new, y_new)))
-        if seed == 0:
-            flat = np.round(x_new @ discriminants(x, y), 2)
-            clouds.append(dict(group=group, model=name, labels=y_new.tolist(), x=flat.T.tolist()))
-    return dict(rows=rows, clouds=clouds)
+def both_sets(lab, model, net):
+    """(tokens, labels) of training images and of held-out ones, each dimension standardised."""
+    sets = [Examples(data, 0, "features") for data in lab.data(model.data, model.config.image_size)]
+    (x, y), (x_new, y_new) = (tokens(net, examples, 60 if lab.quick else n)
+                              for examples, n in zip(sets, (1000, 500)))
+    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-9
+    return (x - mean) / std, y, (x_new - mean) / std, y_new
+
+
+def measure(lab, name, model, net, out):
+    x, y, x_new, y_new = both_sets(lab, model, net)
+    return dict(probe=probe(x, y, x_new, y_new), silhouette=silhouette(x_new, y_new))
 
 
 def draw(results, lab):
-    """Held-out images in the plane of the discriminants: a row a group, a column a model."""
-    colours, names = [*COLOURS, "#F0E442", "#882255"], ShapesData.names
+    """Held-out images of seed 0 in the plane of the discriminants: a row a group."""
+    colours = [*COLOURS, "#F0E442", "#882255"]
     figure, panels = plt.subplots(len(MODELS), 4, figsize=(10, 5.6), layout="constrained")
-    for axes, cloud in zip(panels.ravel(), results["clouds"]):
-        for k, name in enumerate(names):
-            mine = np.array(cloud["labels"]) == k
-            axes.plot(*np.array(cloud["x"])[:, mine], ".", markersize=3, color=colours[k],
-                      label=name)
-        row = find(results["rows"], group=cloud["group"], model=cloud["model"], seed=0)[0]
-        axes.set_title(f"{cloud['model']}, {cloud['group']}\naccuracy {row['probe']:.2f}", size=9)
-        axes.set(xticks=[], yticks=[])
+    for line, (group, models) in zip(panels, MODELS.items()):
+        for axes, (name, model) in zip(line, models.items()):
+            x, y, x_new, y_new = both_sets(lab, model, lab.train(model, 0, STEPS)[0])
+            flat = x_new @ discriminants(x, y)
+            for k, label in enumerate(ShapesData.names):
+                axes.plot(*flat[y_new == k].T, ".", markersize=3, color=colours[k], label=label)
+            row = find(results["rows"], group=group, model=name, seed=0)[0]
+            axes.set_title(f"{name}, {group}\naccuracy {row['probe']:.2f}", size=9)
+            axes.set(xticks=[], yticks=[])
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center",
                   fontsize=8, markerscale=3)
     return figure

@@ -1,14 +1,10 @@
 """
 Table 2: which kind of head?  And is it better than a wider DiT?
 
-    python -m experiments kinds
-
 The heads' FLOPs stand to each other about as in DiP-XL: over those of the U-Net head 0.1 (MLP), 1.4
 (attention; there 3.4), 0.9 to 1.7 (coordinate; there 1.5).  "Wider" is a DiT without a head that
 has the FLOPs of the U-Net head's model or more.  Each is trained at its own rate
 (learning_rate.py).  Time and memory: `python -m experiments.speed`, at the paper's own sizes.
-
-Cost: 36 trainings of 500 steps, about an hour of one core.
 """
 
 from experiments.lab import NARROW, UNET, WIDE, Model, in_regimes, tuned
@@ -22,7 +18,7 @@ MODELS = in_regimes(lambda base: {
     **{name: tuned(base.replace(**changes)) for name, changes in HEADS.items()},
     "wider": Model(base.replace(hidden_size=WIDER[base]), 3e-3)})
 CLAIMS = [
-    Claim(text, a, b, measure, "Table 2", paper)
+    Claim(text, a, b, source="Table 2", paper=paper)
     for text, a, b, paper in (
         ("a U-Net head is better than none", "unet", "none", "FID 2.16 against 5.28"),
         ("a U-Net head is better than as many FLOPs in wider tokens", "unet", "wider",
@@ -33,5 +29,4 @@ CLAIMS = [
         ("a U-Net head is better than an attention head", "unet", "attention",
          "FID 2.16 against 2.98"),
         ("a U-Net head is better than a coordinate head", "unet", "coordinate",
-         "FID 2.16 against 2.20"))
-    for measure in ("frechet", "detail")]
+         "FID 2.16 against 2.20"))]

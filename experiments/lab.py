@@ -10,7 +10,7 @@ measured:
 
     loss       flow matching loss, Eq. (5), of 500 held-out images with fixed times and noise
     loss_by_t  the same in tenths of t
-    detail     the loss of those images whose t is below 0.3, about a sixth of them
+    detail     the loss of those images whose t is below 0.3, about a fifth of them
     frechet    Frechet distance of 1000 samples, half of them from each of two sampling seeds, to
                held-out images, in 64 features of a small classifier
     named      fraction of the samples that the classifier names as the class asked for
@@ -20,6 +20,7 @@ measured:
                in samples, over the same in held-out images, less 1: the nearer to 0 the better
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -85,6 +86,11 @@ def tuned(config, **settings):
     return Model(config, 6e-3 if config.head in ("none", "coordinate") else 3e-3, **settings)
 
 
+def marks_of(experiment):
+    """The numbers of steps after which its models are measured."""
+    return getattr(experiment, "MARKS", (STEPS,))
+
+
 def in_regimes(models):
     """{group: {name: Model}} of models(configuration without head), for narrow and wide tokens."""
     return {"narrow, shapes": models(NARROW), "wide, shapes": models(WIDE)}
@@ -111,22 +117,12 @@ class Options:
     readme: bool = option(False, "write the tables into experiments/README.md")
 
 
-class Cached:
-    """A data set whose images are read once."""
+class InMemory(list):
+    """A data set with all its images in memory."""
 
     def __init__(self, data):
-        self.data, self.read = data, {}
-
-    def __getattr__(self, name):
-        return getattr(self.data, name)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        if index not in self.read:
-            self.read[index] = self.data[index]
-        return self.read[index]
+        super().__init__(data[i] for i in range(len(data)))
+        self.__dict__.update(data.__dict__, flip=data.flip)
 
 
 class Lab:
@@ -147,7 +143,7 @@ class Lab:
         if validation is None or len(training.classes) != WIDE.num_classes:
             raise ValueError(f"--photos {self.options.photos} must have train/ and val/ of "
                              f"{WIDE.num_classes} classes")
-        return Cached(training), Cached(validation)
+        return InMemory(training), InMemory(validation)
 
     def named(self, data):
         """The data set in the names of files."""
@@ -199,7 +195,8 @@ class Lab:
         if isinstance(model.data, str):
             data = self.data(model.data, config.image_size)
         if model.token_loss:                                 # three layers of it: (B, 64, H/8, W/8)
-            net = self.eyes(model.data, config.image_size)[0][:12].to(self.processes.device)
+            net = copy.deepcopy(self.eyes(model.data, config.image_size)[0][:12])
+            net = net.to(self.processes.device)
             encoder = torch.no_grad()(lambda x: net(x.to(memory_format=torch.channels_last)))
         settings = dict(TRAINING, compile=self.options.compile) | model.training
         if self.quick:
@@ -249,29 +246,31 @@ class Lab:
             write_json(path, measure())
         return json.loads(path.read_text())
 
-    def row(self, model, seed, steps, sampled=True):
-        """Train a model and measure it; a loss of None where the training diverged."""
+    def row(self, experiment, name, model, seed, steps):
+        """Train a model and measure it, as the experiment does if it has a measure() of its own; a
+        loss of None where the training diverged."""
         try:
             net, out = self.train(model, seed, steps)
         except FloatingPointError:
             return dict(loss=None)
+        if hasattr(experiment, "measure"):
+            return experiment.measure(self, name, model, net, out)
         row = self.once(out / f"losses-{steps}.json", lambda: self.losses(model, net))
-        if sampled:
+        if steps == marks_of(experiment)[-1] and getattr(experiment, "SAMPLED", True):
             row |= self.once(out / f"samples-{steps}-{self.options.num}.json",
                              lambda: self.judge(model, self.samples(net)))
         return row
 
     def calibrate(self, experiment):
-        """Of the classifiers: accuracy, and the distance of training images to held-out ones."""
+        """Of the judges: accuracy, and the distance of training images to held-out ones."""
         found = {}
-        for _, _, model, _ in self.runs(experiment):
-            key, size = f"{model.data}, {model.config.image_size}", model.config.image_size
-            if key not in found:
-                data = self.data(model.data, size)[0]
-                order = np.random.default_rng(2).permutation(len(data))[:self.options.num]
-                images = np.stack([data[int(i)][0] for i in order])
-                found[key] = dict(accuracy=self.eyes(model.data, size)[1],
-                                  frechet=self.judge(model, images)["frechet"])
+        for data, size in sorted({(model.data, model.config.image_size)
+                                  for *_, model, _ in self.runs(experiment)}):
+            images, (net, accuracy, _, real) = self.data(data, size)[0], self.eyes(data, size)
+            order = np.random.default_rng(2).permutation(len(images))[:self.options.num]
+            statistics = moments(net, np.stack([images[int(i)][0] for i in order]))
+            found[f"{data}, {size}"] = dict(accuracy=accuracy, frechet=fid.frechet_distance(
+                *real, *statistics))
         return found
 
     def runs(self, experiment):
@@ -283,16 +282,15 @@ class Lab:
                     if self.options.photos or self.quick or model.data != "photos":
                         yield group, name, model, seed
 
-    def rows(self, experiment, sampled=True):
+    def rows(self, experiment):
         """A row for every model, seed and number of steps; samples after the last step only."""
-        rows, marks = [], getattr(experiment, "MARKS", (STEPS,))
         for group, name, model, seed in self.runs(experiment):
-            parameters, flops = (0, 0) if self.quick else self.cost(model.config)
-            for steps in marks:
-                rows.append(dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr,
-                                 parameters=parameters, gflops=round(flops / 1e9, 4),
-                                 **self.row(model, seed, steps, sampled and steps == marks[-1])))
+            size = {}
+            if issubclass(model.build, DiP) and not self.quick:
+                parameters, flops = self.cost(model.config)
+                size = dict(parameters=parameters, gflops=round(flops / 1e9, 4))
+            for steps in marks_of(experiment):
+                row = self.row(experiment, name, model, seed, steps)
                 print(f"{group}: {name}, seed {seed}, {steps} steps: " + ", ".join(
-                    f"{key} {rows[-1].get(key)}" for key in ("loss", "detail", "frechet")),
-                    flush=True)
-        return rows
+                    f"{key} {x}" for key, x in row.items() if not isinstance(x, list)), flush=True)
+                yield dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr) | size | row

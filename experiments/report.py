@@ -46,10 +46,9 @@ class Claim:
     text: str
     a: str
     b: str
-    measure: str = "frechet"
+    measures: tuple = ("frechet", "loss", "detail")
     source: str = "-"                        # in the paper
     paper: str = "-"                         # the figures there
-    steps: int | None = None                 # judged after so many; None: the last
 
 
 # -------------------------------------------------------------------------------------------------
@@ -104,35 +103,40 @@ def compare(a, b, measure):
 
 
 def judge(claim, rows):
-    """(group, steps, figures, verdict) of a claim, for every group that has both models."""
-    for group in dict.fromkeys(row["group"] for row in rows):
-        pair = [find(rows, group=group, model=name) for name in (claim.a, claim.b)]
-        if not all(pair):
-            continue
-        steps = claim.steps or max(row["steps"] for row in pair[0])
-        kept, collapsed = zip(*(split_collapsed(find(side, steps=steps)) for side in pair))
-        a, b = (by_seed(side, claim.measure) for side in kept)
-        sign = -1 if claim.measure in MORE_IS_BETTER else 1
-        both = a.keys() & b.keys()
-        wins = sum(sign * a[seed] < sign * b[seed] for seed in both)
-        figures = (f"{LABELS.get(claim.measure, claim.measure)} {told([*a.values()])} against "
-                   f"{told([*b.values()])} ({wins}/{len(both)})")
-        for name, seeds in zip((claim.a, claim.b), collapsed):
-            figures += f"; {name} collapsed: seed {', '.join(map(str, seeds))}" if seeds else ""
-        verdict = compare([*a.values()], [*b.values()], claim.measure)
-        if a or b or any(collapsed):
-            yield group, steps, figures, UNCLEAR if any(collapsed) else verdict
+    """(group, steps, {measure: (figures, verdict)}) of a claim, wherever both models are."""
+    for group, steps in dict.fromkeys((row["group"], row["steps"]) for row in rows):
+        pair = [find(rows, group=group, steps=steps, model=name) for name in (claim.a, claim.b)]
+        kept, collapsed = zip(*map(split_collapsed, pair))
+        found, notes = {}, "".join(
+            f"; {name} collapsed: seed {', '.join(map(str, seeds))}"
+            for name, seeds in zip((claim.a, claim.b), collapsed) if seeds)
+        for measure in claim.measures:
+            a, b = (by_seed(side, measure) for side in kept)
+            if not (a or collapsed[0]) or not (b or collapsed[1]):
+                continue
+            sign, both = -1 if measure in MORE_IS_BETTER else 1, a.keys() & b.keys()
+            wins = sum(sign * a[seed] < sign * b[seed] for seed in both)
+            verdict = UNCLEAR if notes else compare([*a.values()], [*b.values()], measure)
+            found[measure] = (f"{told([*a.values()])} against {told([*b.values()])} "
+                              f"({wins}/{len(both)}){notes}", verdict)
+        if found:
+            yield group, steps, found
 
 
 def claims_table(experiment, results):
-    """Markdown: a line a claim and group."""
-    lines = ["| claim | models | source | paper | ours | verdict |", "|---|---|---|---|---|---|"]
+    """Markdown: a line a claim, group and number of steps, a column a measure."""
+    measures = list(dict.fromkeys(m for claim in experiment.CLAIMS for m in claim.measures))
+    names = " | ".join(LABELS.get(m, m) for m in measures)
+    lines = [f"| claim | models | source | paper | {names} |", "|" + "---|" * (4 + len(measures))]
     for claim in experiment.CLAIMS:
-        for group, steps, figures, verdict in judge(claim, results["rows"]):
-            verdict = f"**{verdict}**" if verdict in (SEEN, OPPOSITE) else verdict
-            lines.append(f"| {claim.text} | {group}, {steps} steps | {claim.source} | {claim.paper}"
-                         f" | {figures} | {verdict} |")
-    return "\n".join(lines)
+        for group, steps, found in judge(claim, results["rows"]):
+            cells = [claim.text, f"{group}, {steps} steps", claim.source, claim.paper]
+            for measure in measures:
+                figures, verdict = found.get(measure, ("", ""))
+                bold = "**" if verdict in (SEEN, OPPOSITE) else ""
+                cells.append(f"{bold}{verdict}{bold}: {figures}" if figures else "-")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if experiment.CLAIMS else ""
 
 
 def rows_table(results):

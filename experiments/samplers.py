@@ -1,19 +1,15 @@
 """
 Table 1: how many evaluations does a sampler need, and what does guidance do?
 
-    python -m experiments samplers
-
 A DiP with narrow tokens, sampled without guidance by Euler, Heun and the two-step Adams-Bashforth
 method; and by Euler with guidance of scale 2, everywhere and inside the paper's interval only.  An
 evaluation of the field counts once, guided or not: the paper's "100x2" is 100 here.
-
-Cost: 3 trainings of 500 steps and 60 sets of 1000 samples, about an hour of one core.
 """
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.lab import NARROW, STEPS, UNET, tuned
+from experiments.lab import NARROW, UNET, tuned
 from experiments.report import COLOURS, LABELS, Claim, find
 from sample import SampleOptions
 
@@ -25,8 +21,9 @@ METHODS = {    # label, evaluations a step, settings
     "everywhere": ("Euler, guided everywhere", 1, dict(sampler="euler", cfg=2.0)),
     "interval": ("Euler, guided in the interval", 1,
                  dict(sampler="euler", cfg=2.0, interval=SampleOptions.interval))}
-MODELS = {"narrow, shapes": {"DiP": tuned(NARROW.replace(**UNET))}}
-CLAIMS = [Claim(text, a, b, "frechet", source, paper) for text, a, b, source, paper in (
+MODELS = {"narrow, shapes": {f"{method} {evaluations}": tuned(NARROW.replace(**UNET))
+                             for method in METHODS for evaluations in EVALUATIONS}}
+CLAIMS = [Claim(text, a, b, ("frechet",), source, paper) for text, a, b, source, paper in (
     ("Euler: 48 evaluations are better than 24", "euler 48", "euler 24", "Table 1",
      "FID 1.90 (100) against 1.98 (75)"),
     ("12 evaluations: Adams-Bashforth is better than Euler", "ab2 12", "euler 12", "-", "-"),
@@ -36,17 +33,12 @@ CLAIMS = [Claim(text, a, b, "frechet", source, paper) for text, a, b, source, pa
      "everywhere 48", "-", "-"))]
 
 
-def measure(lab, experiment):
-    rows = []
-    for group, _, model, seed in lab.runs(experiment):
-        net, out = lab.train(model, seed, STEPS)
-        for method, (_, order, settings) in METHODS.items():
-            for evaluations in EVALUATIONS:
-                found = lab.once(out / f"{method}-{evaluations}-{lab.options.num}.json", lambda: (
-                    lab.judge(model, lab.samples(net, **settings, steps=evaluations // order))))
-                rows.append(dict(group=group, model=f"{method} {evaluations}", seed=seed,
-                                 steps=STEPS, **found))
-    return dict(rows=rows)
+def measure(lab, name, model, net, out):
+    method, evaluations = name.split()
+    _, order, settings = METHODS[method]
+    return lab.once(out / f"{method}-{evaluations}-{lab.options.num}.json", lambda: lab.judge(
+        model, lab.samples(net, **settings, steps=int(evaluations) // order)))
+
 
 
 def draw(results, lab):

@@ -435,7 +435,7 @@ def test_no_token_of_k_dimensions_costs_less_and_one_attains_it(m, data):
 def test_the_table_of_tokens_is_what_theory_and_trained_networks_give():
     """Section 7 against token_costs and experiments/results/gaussian.json"""
     found = json.loads((ROOT / "experiments" / "results" / "gaussian.json").read_text())
-    times = found["times"]
+    times = 0.1, 0.3, 0.5, 0.7, 0.9
     rows = {"theory, v from a token of 32": [token_costs(32, t)["v"] for t in times],
             "theory, x_0 from a token of 32": [token_costs(32, t)["x"] for t in times],
             "theory, linear skip, token of 32": [token_costs(32, t)["skip"] for t in times]}

@@ -21,19 +21,8 @@ from experiments import __main__ as table
 from experiments import features, head_init, heads, kinds, lab, learning_rate, overfit, toy
 from experiments.lab import NARROW, UNET, WIDE, Lab, Model, Options
 from experiments.measures import power_spectrum, seam_contrast
-from experiments.report import (
-    LEVEL,
-    MARGINS,
-    OPPOSITE,
-    SEEN,
-    UNCLEAR,
-    Claim,
-    claims_table,
-    compare,
-    judge,
-    split_collapsed,
-    told,
-)
+from experiments.report import (LEVEL, MARGINS, OPPOSITE, SEEN, UNCLEAR, Claim, claims_table,
+                                compare, judge, split_collapsed, told)
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
@@ -159,6 +148,12 @@ def test_means_that_differ_by_less_than_the_margin_are_level(measure, margin):
     assert compare([above] * 3, [1] * 3, measure) == SEEN
 
 
+def judged(rows, a="x", b="y"):
+    """(figures, verdict) of "a is better than b" by the loss."""
+    (_, _, found), = judge(Claim("", a, b, ("loss",)), rows)
+    return found["loss"]
+
+
 def some_rows(**losses):
     return [dict(group="g", model=name, seed=seed, steps=500, loss=loss)
             for name, found in losses.items() for seed, loss in enumerate(found)]
@@ -177,27 +172,32 @@ def test_a_run_whose_samples_nobody_recognises_has_collapsed():
 
 def test_pairs_are_of_one_seed_also_where_one_has_collapsed():
     rows = some_rows(x=[9, 0.10, 0.11], y=[0.2, 0.09, 0.2])
-    (_, _, figures, _), = judge(Claim("", "x", "y", "loss"), rows)
-    assert "(1/2); x collapsed: seed 0" in figures
-    dead = some_rows(x=[None] * 3, y=[0.2] * 3)
-    (_, _, figures, verdict), = judge(Claim("", "x", "y", "loss"), dead)
+    assert "(1/2); x collapsed: seed 0" in judged(rows)[0]
+    figures, verdict = judged(some_rows(x=[None] * 3, y=[0.2] * 3))
     assert "x collapsed: seed 0, 1, 2" in figures and verdict == UNCLEAR
 
 
 def test_a_collapsed_run_is_named_and_not_averaged():
     rows = some_rows(x=[0.1, 0.3, 0.1], y=[0.2, 0.2, 0.2], z=[0.3, None, 0.3])
     assert split_collapsed(rows[:3]) == ([rows[0], rows[2]], [1])
-    (_, _, figures, verdict), = judge(Claim("", "x", "y", "loss"), rows)
-    assert figures == "loss 0.100 ± 0.000 against 0.200 ± 0.000 (2/2); x collapsed: seed 1"
-    assert verdict == UNCLEAR
-    (_, _, figures, _), = judge(Claim("", "y", "z", "loss"), rows)
-    assert figures.endswith("(2/2); z collapsed: seed 1")
+    assert judged(rows) == ("0.100 ± 0.000 against 0.200 ± 0.000 (2/2); x collapsed: seed 1",
+                            UNCLEAR)
+    assert judged(rows, "y", "z")[0].endswith("(2/2); z collapsed: seed 1")
 
 
 def test_in_brackets_is_how_many_pairs_of_one_seed_agree():
     rows = some_rows(x=(3, 5, 4), y=(4, 4.5, 6))
-    (group, steps, figures, _), = judge(Claim("", "x", "y", "loss"), rows[::-1])
-    assert (group, steps, figures) == ("g", 500, "loss 4.00 ± 1.00 against 4.83 ± 1.04 (2/3)")
+    assert judged(rows[::-1])[0] == "4.00 ± 1.00 against 4.83 ± 1.04 (2/3)"
+
+
+def test_a_claim_is_judged_in_every_group_and_after_every_number_of_steps_that_has_both():
+    rows = [row | changes for row in some_rows(x=(1, 2, 3), y=(4, 5, 6))
+            for changes in ({}, {"steps": 900}, {"group": "h"})]
+    rows += [dict(group="i", model="x", seed=0, steps=500, loss=1.0)]
+    found = list(judge(Claim("", "x", "y", ("frechet", "loss")), rows))
+    assert [(group, steps) for group, steps, _ in found] == [("g", 500), ("g", 900), ("h", 500)]
+    assert all(cells == {"loss": ("2.00 ± 1.00 against 5.00 ± 1.00 (3/3)", SEEN)}
+               for *_, cells in found)
 
 
 def test_figures_have_the_digits_that_mean_something():
@@ -248,11 +248,13 @@ def test_the_sum_starts_at_zero_and_is_the_plain_layer_and_the_head():
 
 
 def test_each_model_is_trained_at_its_own_best_learning_rate():
-    """As results/learning_rate.json says, on a seed that is not judged; or at one that is level
+    """As results/learning_rate.json says, on a seed that is not judged; one at a rate that is level
     with it by the margin of all verdicts."""
     rows = json.loads((ROOT / "experiments/results/learning_rate.json").read_text())["rows"]
     assert {row["seed"] for row in rows}.isdisjoint(range(3))
-    for group, models in {**heads.MODELS, **table.load("geometry").MODELS}.items():
+    compared = [pair for name in ("heads", "geometry", "crossover", "kinds")
+                for pair in table.load(name).MODELS.items()]
+    for group, models in compared:
         for name, model in models.items():
             losses = {row["lr"]: row["loss"] for row in rows if row["model"] == name
                       and row["group"].startswith(f"{group}, lr ")}
@@ -305,9 +307,9 @@ def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_path, 
     fit = lab.fit
     monkeypatch.setattr(lab, "fit", lambda options, *args, **settings: (
         trained.append(options.steps) or fit(options, *args, **settings)))
-    first = here.row(model, 0, 2, sampled=False)
-    assert here.row(model, 0, 2, sampled=False) == first
-    here.row(model, 0, 4, sampled=False)
+    first = here.row(learning_rate, "m", model, 0, 2)
+    assert here.row(learning_rate, "m", model, 0, 2) == first
+    here.row(learning_rate, "m", model, 0, 4)
     assert trained == [2, 4]
     log = [json.loads(line)["step"] for line in next(tmp_path.glob("none-*/log.jsonl")).open()]
     assert log == [2, 4]
@@ -333,7 +335,9 @@ def test_a_training_that_diverges_is_a_row_without_a_loss(tmp_path, monkeypatch)
     def diverge(*_, **settings):
         raise FloatingPointError
     monkeypatch.setattr(lab, "fit", diverge)
-    assert Lab(Options(runs=str(tmp_path))).row(Model(WIDE), 0, 500) == {"loss": None}
+    for experiment in (heads, overfit):                      # also one that measures by itself
+        here = Lab(Options(runs=str(tmp_path)))
+        assert here.row(experiment, "none", Model(WIDE), 0, 500) == {"loss": None}
 
 
 def test_the_toys_differ_in_what_the_head_sees_alone():
@@ -365,12 +369,11 @@ def test_every_experiment_runs_to_its_end(capsys, monkeypatch, quick, name):
     table.run(name, Lab(quick))
     results = Path(quick.results, f"{name}.json")
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"{name}: wrote {results} and {Path(quick.pictures, f'{name}.png')}")
+        f"{name}: wrote {Path(quick.pictures, f'{name}.png')}")
     found = json.loads(results.read_text())
-    assert table.load(name).CLAIMS == [] or "| unclear |" in claims_table(table.load(name), found)
+    assert table.load(name).CLAIMS == [] or "unclear: " in claims_table(table.load(name), found)
     for group, models in table.load(name).MODELS.items():
-        assert {row["model"] for row in found["rows"] if row["group"] == group} >= set(models) or (
-            name == "samplers")
+        assert {row["model"] for row in found["rows"] if row["group"] == group} == set(models)
 
 
 def test_the_quick_command_runs_and_leaves_nothing(tmp_path):
@@ -408,7 +411,7 @@ def test_every_experiment_is_in_the_readme():
 def test_learning_rates_are_compared_by_losses(tmp_path, monkeypatch):
     monkeypatch.setattr(learning_rate, "MODELS", {"g": {"m": Model(NARROW.replace(depth=1), 0.5)}})
     here = Lab(Options(runs=str(tmp_path), quick=True))
-    row, = learning_rate.measure(here, learning_rate)["rows"]
+    row, = here.rows(learning_rate)
     assert (row["seed"], row["lr"]) == (9, 0.5)
     assert row["loss"] > 0 and "frechet" not in row
 
