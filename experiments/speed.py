@@ -54,6 +54,12 @@ class Options:
     card: str = option("H100", "whose rates are taken", choices=("A100", "H100", "H200"))
 
 
+def wait(device):
+    """For the kernels that are queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def prepare(config, options, device):
     """A function that runs one pass of a model and returns its seconds."""
     torch.manual_seed(0)
@@ -73,8 +79,7 @@ def prepare(config, options, device):
             else:
                 with torch.no_grad():
                     model(x, t, y)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         return time.perf_counter() - start
 
     return one_pass
@@ -83,15 +88,15 @@ def prepare(config, options, device):
 class Products(TorchDispatchMode):
     """The seconds of the matrix products, convolutions and attention that run inside it."""
 
-    def __init__(self, wait):
+    def __init__(self, device):
         super().__init__()
-        self.wait, self.seconds = wait, 0.0
+        self.device, self.seconds = device, 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.wait()
+        wait(self.device)
         start = time.perf_counter()
         out = function(*args, **(kwargs or {}))
-        self.wait()
+        wait(self.device)
         if function._overloadpacket in FLOPS:
             self.seconds += time.perf_counter() - start
         return out
@@ -100,7 +105,7 @@ class Products(TorchDispatchMode):
 def prepare_products(one_pass, device):
     """A function that runs the pass once more and returns the seconds of its products."""
     def products():
-        with Products(torch.cuda.synchronize if device.type == "cuda" else lambda: None) as mode:
+        with Products(device) as mode:
             one_pass()
         return mode.seconds
 
@@ -109,8 +114,8 @@ def prepare_products(one_pass, device):
 
 def prepare_matmul(device, side=2048):
     """The same of one product of two square matrices, in the precision of the passes."""
-    a = torch.randn(side, side, device=device, dtype=torch.get_autocast_dtype(device.type)
-                    if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(side, side, device=device, dtype=dtype)
     return prepare_products(lambda: a @ a, device)
 
 

@@ -15,7 +15,8 @@ import common
 import sample
 import train
 from common import Processes, keep_in_bf16, pieces
-from dip import PRESETS, REPA_WEIGHT, DiP, flow_matching_loss
+from dip import PRESETS, REPA_WEIGHT, DiP, cost, flow_matching_loss
+from experiments import speed
 from sample import euler, guided
 
 CPU = Processes(rank=0, world=1, device=torch.device("cpu"))
@@ -92,3 +93,27 @@ def test_every_block_and_head_is_one_piece():
     memory."""
     for name, count in (("none", 3), ("unet", 4), ("attention", 5), ("unet, hybrid", 5)):
         assert len(pieces(awake(VARIANTS[name]))) == count
+
+
+def test_a_planned_step_is_three_forward_passes_and_four_where_activations_are_recomputed():
+    """Backward passes have twice the FLOPs; what is recomputed is not kept.  Weights, gradients,
+    two moments and the average are five times the weights."""
+    config = PRESETS["DiP-Nano/16"].replace(depth=2)
+    parameters, flops = cost(config)
+    peaks = {}
+    for recompute, passes in ((False, 3), (True, 4)):
+        for B in (64, 128):
+            peaks[recompute, B], roofline = speed.plan(config, B, recompute, "H100")
+            assert roofline.flops == pytest.approx(passes * B * flops, rel=0.05)
+            assert roofline.seconds >= roofline.launches * speed.LAUNCH
+    assert 5 * 4 * parameters < peaks[True, 64] < peaks[False, 64] < peaks[False, 128]
+    assert peaks[True, 128] - peaks[True, 64] < 0.9 * (peaks[False, 128] - peaks[False, 64])
+
+
+def test_the_products_are_timed_and_nothing_else():
+    a = torch.randn(64, 64)
+    with speed.Products(CPU.device) as none:
+        (a + a).sin().softmax(dim=1)
+    with speed.Products(CPU.device) as some:
+        a @ a
+    assert none.seconds == 0 < some.seconds
