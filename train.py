@@ -118,19 +118,19 @@ class TrainOptions:
                              "class folders trains without labels")
 
 
-def configure(options, processes, initial=None):
+def configure(options, processes, inherited=None):
     """Fill in what the user left open; returns the DiPConfig, except num_classes and repa_dim.
 
-    initial: the DiPConfig and the preset's name of --init, which come before the default preset.
+    inherited: the DiPConfig and the preset's name of --init, which come before the default preset.
     """
     say = print if processes.rank == 0 else lambda line: None
     has_cuda = processes.device.type == "cuda"
     large = has_cuda and bool(options.data)
-    if options.model is None and initial is None and not large:
+    if options.model is None and inherited is None and not large:
         missing = "--data" if has_cuda else "CUDA"
         say(f"no {missing} and no --model: the small DiP-Nano/16, with its recipe for minutes")
-    config, name = initial or (None, "")
-    if options.model or not initial:
+    config, name = inherited or (None, "")
+    if options.model or not inherited:
         name = options.model or ("DiP-XL/16" if large else "DiP-Nano/16")
         check_choice("--model", name, PRESETS)
         config = PRESETS[name]
@@ -583,18 +583,18 @@ def announce(options, config, data, processes):
 def main():
     options = parse_options(TrainOptions, __doc__)
     processes = start_processes(options.device)
-    initial = load_model(options.init, "cpu") if options.init else None
-    config = configure(options, processes, initial and (
-        initial[0].config, initial[1]["options"].get("model", "")))
+    given, info = load_model(options.init, "cpu") if options.init else (None, None)
+    config = configure(options, processes, given and (
+        given.config, info["options"].get("model", "")))
     data, val_data = open_data(options.data, options.image_size)
     encoder = load_encoder(options, processes)
     config = config.replace(num_classes=len(data.classes), repa_dim=encoder.dim if encoder else 0)
     choose_micro_batch(options, config, processes)
     if processes.rank == 0:
         announce(options, config, data, processes)
-        if initial and initial[1]["classes"] != data.classes and len(data.classes) > 1:
+        if given and info["classes"] != data.classes and len(data.classes) > 1:
             print(f"note: the classes of --init {options.init} have other names than those of --data")
-    out, weights = Path(options.out), initial and initial[0].state_dict()
+    out, weights = Path(options.out), given and given.state_dict()
     with locked(out) if processes.rank == 0 else nullcontext():
         with noted_signals() as signals:
             _, done = fit(options, config, data, val_data, processes, encoder, signals,
