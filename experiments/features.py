@@ -36,7 +36,8 @@ def tokens(net, examples, n):
     for start in range(0, n, 100):
         chunk = [examples[k] for k in range(start, min(start + 100, n))]
         x_0, y, noise, *_ = examples.on_device(default_collate(chunk), device)
-        t, null = torch.full((len(y),), TIME, device=device), torch.full_like(y, net.config.num_classes)
+        t = torch.full((len(y),), TIME, device=device)
+        null = torch.full_like(y, net.config.num_classes)
         net(interpolate(x_0, noise, t), t, null)
         labels.append(y)
     hook.remove()

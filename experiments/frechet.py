@@ -34,7 +34,8 @@ def by_sqrtm(mu1, sigma1, mu2, sigma2):
 
 def main():
     options = parse_options(Options, __doc__)
-    at_least(1, repeat=options.repeat, dim=options.dim)
+    at_least(1, repeat=options.repeat)
+    at_least(4, dim=options.dim)                             # covariances of dim / 2 points
     rng, d = np.random.default_rng(options.seed), options.dim
     scale = np.arange(1, d + 1) ** -0.5                      # a falling spectrum
     print(f"{d} dimensions, seed {options.seed}, n = {options.repeat}")

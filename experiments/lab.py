@@ -293,4 +293,5 @@ class Lab:
                 row = self.row(experiment, name, model, seed, steps)
                 print(f"{group}: {name}, seed {seed}, {steps} steps: " + ", ".join(
                     f"{key} {x}" for key, x in row.items() if not isinstance(x, list)), flush=True)
-                yield dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr) | size | row
+                yield dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr, **size,
+                           **row)

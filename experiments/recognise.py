@@ -16,7 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import find_checkpoint, load_model, option, parse_options, run_main, start_processes
+from common import (at_least, find_checkpoint, load_model, option, parse_options, run_main,
+                    start_processes)
 from dataset import ShapesData
 from sample import SAMPLERS, SampleOptions, generate, to_uint8
 
@@ -77,6 +78,8 @@ class Options:
 
 def main():
     options = parse_options(Options, __doc__)
+    at_least(10, num=options.num)
+    at_least(1, steps=options.steps)
     device = start_processes().device
     path = find_checkpoint(options.ckpt)
     model, state = load_model(path, device)
