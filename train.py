@@ -593,7 +593,7 @@ def main():
     if processes.rank == 0:
         announce(options, config, data, processes)
         if given and info["classes"] != data.classes and len(data.classes) > 1:
-            print(f"note: the classes of --init {options.init} have other names than those of --data")
+            print(f"note: --init {options.init}: its classes have other names than those of --data")
     out, weights = Path(options.out), given and given.state_dict()
     with locked(out) if processes.rank == 0 else nullcontext():
         with noted_signals() as signals:

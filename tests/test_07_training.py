@@ -801,7 +801,7 @@ def test_init_of_as_many_classes_keeps_the_label_table(monkeypatch, trained, tmp
         run(monkeypatch, train, f"--init {file} {words} --device cpu --out {out}")
         text = capsys.readouterr().out
         assert "label table" not in text
-        assert ("have other names than those of --data" in text) == said
+        assert ("its classes have other names than those of --data" in text) == said
         now = checkpoint(out)["model"]
         assert all(torch.equal(now[name], weight) for name, weight in state["ema"].items())
 
