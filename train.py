@@ -160,8 +160,9 @@ def configure(options, processes, inherited=None):
 
 def read_changes(pairs, config):
     """{field: value} of --set FIELD=VALUE ..."""
-    fields = {field: type(value) for field, value in asdict(config).items()     # the others come
-              if field not in ("image_size", "num_classes", "repa_dim")}  # from elsewhere
+    elsewhere = "image_size", "num_classes", "repa_dim"      # --image-size, the data, the encoder
+    fields = {field: type(value) for field, value in asdict(config).items()
+              if field not in elsewhere}
     changes = {}
     for pair in pairs:
         field, equals, value = pair.partition("=")
@@ -592,7 +593,7 @@ def main():
     choose_micro_batch(options, config, processes)
     if processes.rank == 0:
         announce(options, config, data, processes)
-        if given and info["classes"] != data.classes and len(data.classes) > 1:
+        if given and info["classes"] != data.classes and len(info["classes"]) == len(data.classes):
             print(f"note: --init {options.init}: its classes have other names than those of --data")
     out, weights = Path(options.out), given and given.state_dict()
     with locked(out) if processes.rank == 0 else nullcontext():

@@ -30,7 +30,6 @@ CLAIMS = [Claim("the U-Net head is better than none", "unet", "none", source="Ta
                 paper="FID 2.16 against 5.28 (1.5)")]
 
 
-
 def draw(results, lab):
     """Gain of the head over the ratio: a panel a measure, a dot a seed."""
     measures = "loss", "detail", "frechet"

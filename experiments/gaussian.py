@@ -107,7 +107,6 @@ def measure(lab, name, model, net, out):
     return dict(excess=in_bands(found), **{f"excess at t = {t}": x for t, x in zip(TIMES, total)})
 
 
-
 def draw(results, lab):
     """Excess by frequency: a row for each width, a column for some times."""
     columns = [TIMES.index(t) for t in (0.1, 0.5, 0.9)]

@@ -21,7 +21,6 @@ CLAIMS = [Claim("the U-Net head is better than none", "unet", "none",
                 ("frechet", "loss", "detail", "high", "seam"), "Table 2", "FID 2.16 against 5.28")]
 
 
-
 def draw(results, lab):
     """Loss by t over that of no head, and samples of seed 0."""
     (group, models), = MODELS.items()

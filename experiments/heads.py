@@ -69,7 +69,6 @@ CLAIMS = [
           ("loss", "detail"))]
 
 
-
 def draw(results, lab):
     """The main figure: loss by t over that of no head, and Frechet distances, a column a data set;
     below, samples of seed 0."""

@@ -72,7 +72,6 @@ def measure(lab, name, model, net, out):
     return dict(psnr=psnr(images, truth), error=error_of_detail(images, truth))
 
 
-
 def draw(results, lab):
     """The photo and what was learned of it, with crops."""
     images = {f"{name}, {group.split(',')[0]}": lab.sample(lab.train(model, 0, MARKS[-1])[0], 1)[0]

@@ -2,8 +2,8 @@
 From measured rows to verdicts, tables and plots.
 
 The rule for a verdict was written down before the runs.  A claim says that model a is better than
-model b by one measure: the Frechet distance where it is about samples, the loss at t < 0.3
-(`detail`) where it is about detail, unless it names another.  It is
+model b, and is judged by each of its measures: unless it names others, the Frechet distance (it is
+about samples), the loss, and the loss at t < 0.3 (`detail`).  By a measure it is
 
     seen      if every seed of a is better than every seed of b (of three and three, by chance in
               one case of twenty), and their means differ by the margin or more

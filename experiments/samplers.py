@@ -40,7 +40,6 @@ def measure(lab, name, model, net, out):
         model, lab.samples(net, **settings, steps=int(evaluations) // order)))
 
 
-
 def draw(results, lab):
     """Distance over evaluations: samplers without guidance, and Euler with and without it."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")

@@ -242,11 +242,13 @@ def main():
     print(f"{what}, batch {options.batch}, {device}, {torch.get_num_threads()} threads, medians of "
           f"n = {len(times)} after 1 warm-up; a product of two 2048 x 2048 matrices runs at "
           f"{2 * 2048**3 / seconds[0] / 1e9:.0f} GFLOP/s")
-    print(f"{'':<22}{'time':>9}{'to first':>10}{'products':>11}{'to first':>10}{'GFLOP/s':>9}"
-          f"{'peak memory':>15}{'to first':>10}")
+    print(f"{'':<22}{'time':>9}{'min to max':>17}{'to first':>10}{'products':>11}{'to first':>10}"
+          f"{'GFLOP/s':>9}{'peak memory':>15}{'to first':>10}")
     for k, (name, config) in enumerate(zip(options.presets, configs)):
         flops = cost(config)[1] * options.batch * (3 if options.train else 1)
-        print(f"{name:<22}{passed[k]:>7.3f} s{passed[k] / passed[0]:>10.3f}{products[k]:>9.3f} s"
+        turns = [turn[k + 1] for turn in times]
+        print(f"{name:<22}{passed[k]:>7.3f} s{min(turns):>9.3f} {max(turns):>7.3f}"
+              f"{passed[k] / passed[0]:>10.3f}{products[k]:>9.3f} s"
               f"{products[k] / products[0]:>10.3f}{flops / passed[k] / 1e9:>9.0f}"
               f"{memory[k] / 2**30:>11.2f} GiB{memory[k] / memory[0]:>10.3f}")
 

@@ -24,8 +24,7 @@ import common
 import dataset
 import sample
 from common import random_stream
-from sample import (SAMPLERS, draw_grid, find_class, generate, guided, time_grid,
-                    to_uint8)
+from sample import SAMPLERS, draw_grid, find_class, generate, guided, time_grid, to_uint8
 
 ORDERS = {"euler": 1, "heun": 2, "ab2": 2}
 LITERAL = {"euler": literal.euler, "heun": literal.heun, "ab2": literal.adams_bashforth}
@@ -264,7 +263,6 @@ def test_streams_differ_in_every_part_of_their_key_and_are_the_same_everywhere()
     assert len(set(draws)) == 4
     assert draws == pytest.approx([-0.5516037, -0.1439345, -0.067245, -0.2877698], abs=1e-6)
     assert torch.randn((), generator=random_stream(*keys[0])).item() == draws[0]
-
 
 
 def test_watch_sees_every_evaluation_and_the_last_prediction_is_the_sample(model):
