@@ -94,9 +94,10 @@ def is_of_the_system(error):
 
 
 @contextmanager
-def locked(out):
-    """Inside, this process alone writes into the folder.  A lock of the system, which ends with the
-    process, however it ends; loader processes do not inherit it."""
+def locked(out, wait=False):
+    """Inside, this process alone writes into the folder; if another does it is an error, or waited
+    for.  A lock of the system, which ends with the process, however it ends; loader processes do
+    not inherit it."""
     try:
         import fcntl
     except ImportError:                                      # no such lock on Windows
@@ -105,7 +106,7 @@ def locked(out):
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
                              f"choose another --out") from None

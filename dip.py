@@ -658,7 +658,7 @@ PAPER_MILLIONS = {       # Tables 1, 2 and 3
 }
 
 
-def cost(config):
+def cost(config, build=DiP):
     """(parameters, FLOPs of the forward pass of one image), with fake tensors: no memory needed.
 
     FLOPs are those of matrix products and convolutions, a multiply-add counted as 2.
@@ -669,7 +669,7 @@ def cost(config):
 
     # MATH: attention as plain matrix products, which are counted
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model = DiP(config)
+        model = build(config)
         image = torch.empty(1, 3, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter:
             model(image, torch.empty(1), torch.empty(1, dtype=torch.long))

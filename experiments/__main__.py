@@ -10,64 +10,58 @@ The paper's claims at laptop scale: what was claimed, what was measured, and the
 
 import importlib
 import json
-import os
-import platform
 import re
 import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 
 from common import at_least, parse_options, run_main, save_atomically
 from experiments.lab import Lab, Options
 from experiments.report import claims_table, plot_rows, rows_table, write_json
 
-NAMES = ("heads", "learning_rate", "crossover", "geometry", "kinds", "placement", "head_size",
-         "patch_size", "patch_or_image", "toy", "features", "prediction", "head_init", "samplers",
-         "gaussian", "overfit")
-README = Path(__file__).parent / "README.md"
-RESULTS = Path(__file__).parent / "results"
-
-
-def hardware(device):
-    """The processor, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+NAMES = ("heads", "longer", "learning_rate", "crossover", "geometry", "kinds", "placement",
+         "head_size", "patch_size", "patch_or_image", "toy", "features", "prediction", "head_init",
+         "samplers", "gaussian", "overfit")
+HERE = Path(__file__).parent
+README, RESULTS, PICTURES = HERE / "README.md", HERE / "results", HERE.parent / "assets"
 
 
 def load(name):
     return importlib.import_module(f"experiments.{name}")
 
 
-def run(name, lab):
+def run(name, lab, results=RESULTS, pictures=PICTURES):
     """Run an experiment; add its rows to its JSON, and draw its PNG if all of them can be drawn."""
-    experiment, options = load(name), lab.options
-    path, picture = Path(options.results, f"{name}.json"), Path(options.pictures, f"{name}.png")
-    made = dict(num=options.num, hardware=hardware(lab.processes.device),
-                torch=torch.__version__, compiled=options.compile)
-    rows = {key(row): row | made for row in lab.rows(experiment)}
+    experiment = load(name)
+    path, picture = Path(results, f"{name}.json"), Path(pictures, f"{name}.png")
+    rows = {key(row): row for row in lab.rows(experiment)}
     if not rows:
         print(f"{name}: left out, it needs --photos DIR")
         return
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "classifiers": {}}
     rows = {key(row): row for row in old["rows"]} | rows
-    order = [(group, model) for group, models in experiment.MODELS.items() for model in models]
-    known = [row for row in rows.values() if (row["group"], row["model"]) in order]
-    known.sort(key=lambda row: (row["seed"], order.index((row["group"], row["model"]))))
+    rates = {(group, kind): model.lr for group, models in experiment.MODELS.items()
+             for kind, model in models.items()}
+    # of models that are still there, trained at the rate that they still have
+    known = [row for place, lr in rates.items() for row in rows.values()
+             if (row["group"], row["model"]) == place and row.get("lr", lr) == lr]
+    known.sort(key=lambda row: row["seed"])
     judged = any("frechet" in row for row in known)
     results = dict(classifiers=old["classifiers"] | (lab.calibrate(experiment) if judged else {}),
                    rows=known)
     write_json(path, results)
     print(f"{name}: wrote {path}", flush=True)
     if {row["group"] for row in known} > {group for group, *_ in lab.runs(experiment)}:
+        # there are rows of photos, but no photos to draw new samples of
         print(f"{name}: {picture} stays as it is, it needs --photos DIR")
         return
-    figure = getattr(experiment, "draw", plot_rows)(results, lab)
+    try:
+        figure = getattr(experiment, "draw", plot_rows)(results, lab)
+    except FloatingPointError:
+        print(f"{name}: {picture} stays as it is, a training of seed 0 diverged")
+        return
     save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
     plt.close(figure)
     print(f"{name}: wrote {picture}", flush=True)
@@ -111,11 +105,10 @@ def main():
         names = [name for name in NAMES if name != "learning_rate"]
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
-            options.seeds, options.num = 1, 20
-            options.runs = options.results = options.pictures = scratch
+            options.seeds, options.num, options.runs = 1, 20, scratch
         lab = Lab(options) if names else None
         for name in names:
-            run(name, lab)
+            run(name, lab, *[scratch, scratch] if options.quick else [])
     if options.readme:
         text = into_readme(README.read_text())
         save_atomically(README, lambda path: path.write_text(text))

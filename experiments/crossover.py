@@ -8,10 +8,9 @@ dimensions, at every width; so its part of the FLOPs falls as the tokens grow.
 """
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from experiments.lab import WIDE, Model
-from experiments.report import COLOURS, LABELS, Claim, by_seed, find, split_collapsed
+from experiments.report import COLOURS, LABELS, Claim, by_seed, plot_curves
 
 WIDTHS = {16: 1, 36: 3, 48: 3, 72: 3, 144: 6}                # D: attention heads
 RATE = 6e-3                                  # the best of three for all ten (learning_rate.py)
@@ -31,28 +30,21 @@ CLAIMS = [Claim("the U-Net head is better than none", "unet", "none", source="Ta
 
 
 def draw(results, lab):
-    """Gain of the head over the ratio: a panel a measure, a dot a seed."""
-    measures = "loss", "detail", "frechet"
+    """Gain of the head over the ratio: a panel a measure."""
     figure, panels = plt.subplots(1, 3, figsize=(9, 3.3), sharex=True, layout="constrained")
-    for axes, measure, colour in zip(panels, measures, COLOURS):
-        means = []
+    for axes, measure, colour in zip(panels, ("loss", "detail", "frechet"), COLOURS):
+        gains = {}
         for group, D in zip(MODELS, WIDTHS):
-            rows = find(results["rows"], group=group)
-            none, unet = (by_seed(split_collapsed(find(rows, model=model))[0], measure)
+            none, unet = (by_seed(results["rows"], measure, group=group, model=model)
                           for model in ("none", "unet"))
-            gains = [100 * (1 - unet[seed] / none[seed]) for seed in none.keys() & unet.keys()]
-            axes.plot([D / 48] * len(gains), gains, "o", color=colour, alpha=0.5, markersize=4)
-            means.append(np.mean(gains))
-        axes.plot([D / 48 for D in WIDTHS], means, color=colour)
+            gains[D / 48] = [100 * (1 - unet[seed] / none[seed])
+                             for seed in none.keys() & unet.keys()]
+        plot_curves(axes, {measure: gains}, {measure: colour}, "D / (3 P²)")
         axes.axhline(0, color="black", linewidth=1)
         for ratio, name in ((0.375, "DiP-XL/32"), (1.5, "DiP-XL/16")):
             axes.axvline(ratio, color="grey", linestyle=":")
             axes.text(ratio, 1.01, name, transform=axes.get_xaxis_transform(), size=8, ha="center",
                       color="grey")
-        axes.set(xscale="log", xlabel="token's dimensions over the patch's")
         axes.set_title(LABELS[measure], size=10, pad=16)
-        axes.set_xticks([D / 48 for D in WIDTHS], [f"{D / 48:.2g}" for D in WIDTHS])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
     panels[0].set_ylabel("gain of the head, %")
     return figure

@@ -66,9 +66,9 @@ def silhouette(x, y):
 def discriminants(x, y):
     """The two directions of largest variance between classes over variance inside them.  (D, 2)"""
     means = np.stack([x[y == c].mean(axis=0) for c in np.unique(y)])
-    nearest = means[np.unique(y, return_inverse=True)[1]]                # (n, D), of the own class
-    inside = np.cov((x - nearest).T) + 0.01 * np.eye(x.shape[1])
-    return scipy.linalg.eigh(np.cov(nearest.T), inside)[1][:, :-3:-1]
+    own = means[np.unique(y, return_inverse=True)[1]]                    # (n, D)
+    inside = np.cov((x - own).T) + 0.01 * np.eye(x.shape[1])
+    return scipy.linalg.eigh(np.cov(own.T), inside)[1][:, :-3:-1]
 
 
 def both_sets(lab, model, net):
@@ -80,7 +80,7 @@ def both_sets(lab, model, net):
     return (x - mean) / std, y, (x_new - mean) / std, y_new
 
 
-def measure(lab, name, model, net, out):
+def measure(lab, name, model, net):
     x, y, x_new, y_new = both_sets(lab, model, net)
     return dict(probe=probe(x, y, x_new, y_new), silhouette=silhouette(x_new, y_new))
 

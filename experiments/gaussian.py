@@ -15,8 +15,8 @@ import torch
 
 from common import random_stream
 from dip import DiPConfig
-from experiments.lab import Model
-from experiments.report import COLOURS, Claim, find
+from experiments.lab import Model, OneClass
+from experiments.report import COLOURS, Claim, by_seed, plot_band
 
 SIZE, ALPHA, VARIANCE = 16, 1.5, 0.25        # pixels a side; decay; variance of a pixel
 TIMES = 0.1, 0.3, 0.5, 0.7, 0.9
@@ -33,18 +33,10 @@ def eigenvalues():
     return (values * (VARIANCE * SIZE**2 / values.sum())).reshape(SIZE, SIZE), order
 
 
-class GaussianData:
+class GaussianData(OneClass):
     """Independent images; three independent channels."""
 
-    classes = names = ["Gaussian"]
-    flip = False
-    bad = torch.zeros(0, dtype=torch.bool)
-
-    def __init__(self, length=200_000):
-        self.length, self.deviations = length, np.sqrt(eigenvalues()[0])[..., None]
-
-    def __len__(self):
-        return self.length
+    deviations = np.sqrt(eigenvalues()[0])[..., None]
 
     def __getitem__(self, index):
         """float (SIZE, SIZE, 3), as levels from 0 to 255, neither rounded nor clipped; label 0"""
@@ -58,7 +50,7 @@ def models(width):
                      num_classes=1, head="none")
     training = dict(batch_size=64, micro_batch=64, warmup=100, label_dropout=0.0)
     unet = base.replace(head="unet", head_width=16, head_depth=2)
-    return {kind: Model(config, 1e-3, GaussianData(), training=training)
+    return {kind: Model(config, 1e-3, GaussianData(200_000), training=training)
             for kind, config in (("DiT-only", base), ("DiP", unet))}
 
 
@@ -101,7 +93,7 @@ def in_bands(x):
     return [[float(row[a:b].mean()) for a, b in zip(BANDS, BANDS[1:])] for row in x]
 
 
-def measure(lab, name, model, net, out):
+def measure(lab, name, model, net):
     found = excess(net.cpu(), 32 if lab.quick else 1000)
     total = found.mean(axis=(1, 2)).tolist()
     return dict(excess=in_bands(found), **{f"excess at t = {t}": x for t, x in zip(TIMES, total)})
@@ -116,10 +108,9 @@ def draw(results, lab):
     for line, group in zip(panels, MODELS):
         for axes, k in zip(line, columns):
             for kind, colour, marker in (("DiT-only", COLOURS[1], "s"), ("DiP", COLOURS[0], "o")):
-                runs = [row["excess"] for row in find(results["rows"], group=group, model=kind)]
-                runs = np.array(runs)[:, k]
-                axes.plot(names, runs.mean(0), color=colour, marker=marker, label=kind)
-                axes.fill_between(names, runs.min(0), runs.max(0), color=colour, alpha=0.25)
+                found = by_seed(results["rows"], "excess", group=group, model=kind).values()
+                plot_band(axes, names, [bands[k] for bands in found], colour, marker=marker,
+                          label=kind)
             axes.plot(names, in_bands(smallest_loss())[k], "k:", label="smallest possible loss")
             axes.set(yscale="log", title=f"t = {TIMES[k]}, {group}")
             axes.grid(alpha=0.3)

@@ -2,11 +2,16 @@
 What the experiments share: models are trained alike and measured alike.
 
 Models that are compared see the same images, times and noise, which depend on the seed alone, and
-differ in what the experiment names.  The learning rate is constant, so that a training of 2000
-steps passes through that of 500: both are one folder of --runs, named after the model's settings,
-which every experiment that needs it shares.  The name knows nothing of the code: whoever changes
-that deletes the folder.  Of the averaged weights (over about the last tenth of the steps) are
-measured:
+differ in what the experiment names and in their learning rate.  That is constant, so that a
+training of 2000 steps passes through that of 500: both are one folder of --runs, named after the
+model's settings, which every experiment that needs it shares.  The name knows nothing of the code:
+whoever changes that deletes the folder.
+
+An experiment is a module with MODELS, {group: {name: Model}}, and CLAIMS.  It may have MARKS (the
+steps after which its models are measured), SEEDS, SAMPLED = False (losses only), a measure() of its
+own in the place of what follows, and a draw() in the place of report.plot_rows.
+
+Of the averaged weights (over about the last tenth of the steps) are measured:
 
     loss       flow matching loss, Eq. (5), of 500 held-out images with fixed times and noise
     loss_by_t  the same in tenths of t
@@ -16,14 +21,17 @@ measured:
     named      fraction of the samples that the classifier names as the class asked for
     high       mean distance of the samples' power spectrum from that of held-out images, in its
                upper half of the frequencies, in dB
-    seam       mean step between neighbouring pixels across patch borders over that inside patches,
-               in samples, over the same in held-out images, less 1: the nearer to 0 the better
+    seam       distance from 1 of the mean step between neighbouring pixels across patch borders
+               over that inside patches, in samples, over the same in held-out images
 """
 
 import copy
 import dataclasses
 import hashlib
 import json
+import os
+import platform
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -34,10 +42,10 @@ from torch.utils.data import Subset
 
 import fid
 from common import load_checkpoint, locked, option, progress, save_atomically, start_processes
-from dataset import Examples, ShapesData, open_data
+from dataset import Examples, FolderData, ShapesData, open_data
 from dip import DiP, DiPConfig, cost
-from experiments.measures import moments, power_spectrum, seam_contrast
-from experiments.recognise import make_classifier, predict, train_classifier
+from experiments.measures import (make_classifier, moments, power_spectrum, predict, seam_contrast,
+                                  train_classifier)
 from experiments.report import write_json
 from sample import generate, to_uint8
 from train import TrainOptions, fit, mean_losses, validate
@@ -108,21 +116,44 @@ class Options:
                                       "[their rows stay as they are]", metavar="DIR")
     seeds: int = option(3, "trainings of each model, of the seeds 0, 1, ...")
     num: int = option(1000, "samples that are measured")
-    runs: str = option("runs/experiments", "folder of the trainings", metavar="DIR")
-    results: str = option("experiments/results", "folder of the JSON", metavar="DIR")
-    pictures: str = option("assets", "folder of the pictures", metavar="DIR")
+    runs: str = option("experiments/runs", "folder of the trainings", metavar="DIR")
     device: str = option("auto", "auto, cpu, cuda, mps")
     compile: bool = option(False, "torch.compile, block by block")
-    quick: bool = option(False, "a smoke run of seconds, which writes nothing")
+    quick: bool = option(False, "a smoke run, which writes nothing")
     readme: bool = option(False, "write the tables into experiments/README.md")
 
 
-class InMemory(list):
-    """A data set with all its images in memory."""
+class OneClass:
+    """What a data set of one class has beside its images."""
+
+    classes = names = ["-"]
+    flip = False
+    bad = torch.zeros(0, dtype=torch.bool)
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+
+class InMemory(FolderData):
+    """An image folder that is read once."""
 
     def __init__(self, data):
-        super().__init__(data[i] for i in range(len(data)))
-        self.__dict__.update(data.__dict__, flip=data.flip)
+        self.__dict__.update(data.__dict__, images=[data[i] for i in range(len(data))])
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+def hardware(device):
+    """The processor, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
 class Lab:
@@ -131,6 +162,9 @@ class Lab:
     def __init__(self, options):
         self.options, self.quick = options, options.quick
         self.processes = start_processes(options.device)
+        self.made = dict(num=options.num, hardware=hardware(self.processes.device),
+                         torch=torch.__version__, compiled=options.compile)
+        # each is computed once for all models that need it
         self.data, self.eyes, self.cost = cache(self.data), cache(self.eyes), cache(cost)
 
     def data(self, name, size):
@@ -161,7 +195,9 @@ class Lab:
             if isinstance(validation, ShapesData):           # drawings that no model has seen
                 shuffled, steps = ShapesData(size, first=2 * 10**6), 300
                 held_out = ShapesData(size, 1000, first=3 * 10**6)
-            net, accuracy = train_classifier(shuffled, held_out, count, 2 if self.quick else steps)
+            net = train_classifier(shuffled, count, 2 if self.quick else steps)
+            images, labels = zip(*(held_out[i] for i in range(len(held_out))))
+            accuracy = float((predict(net, np.stack(images)) == labels).mean())
             save_atomically(path, lambda partial: torch.save(
                 dict(net=net.state_dict(), accuracy=accuracy), partial))
         state = torch.load(path, weights_only=True)
@@ -194,7 +230,7 @@ class Lab:
         config, encoder, data = model.config, None, (model.data, None)
         if isinstance(model.data, str):
             data = self.data(model.data, config.image_size)
-        if model.token_loss:                                 # three layers of it: (B, 64, H/8, W/8)
+        if model.token_loss:     # three of its four layers, of four modules each: (B, 64, H/8, W/8)
             net = copy.deepcopy(self.eyes(model.data, config.image_size)[0][:12])
             net = net.to(self.processes.device)
             encoder = torch.no_grad()(lambda x: net(x.to(memory_format=torch.channels_last)))
@@ -202,7 +238,9 @@ class Lab:
         if self.quick:
             settings |= dict(batch_size=2, micro_batch=2, compile=False)
         torch.compiler.reset()
-        with locked(out):
+        with locked(out, wait=True):
+            if (out / f"ema-{steps}.pt").exists():           # by another command, meanwhile
+                return
             fit(TrainOptions(image_size=config.image_size, steps=steps, seed=seed, lr=model.lr,
                              sample_every=SNAPSHOT, save_every=SNAPSHOT, out=str(out), **settings),
                 config, *data, self.processes, encoder, build=model.build,
@@ -241,9 +279,9 @@ class Lab:
         return np.concatenate([self.sample(net, half, seed, **settings) for seed in (0, 1)])
 
     def once(self, path, measure):
-        """What measure() finds, kept in a file."""
+        """What measure() finds, and on which machine, kept in a file."""
         if not path.exists():
-            write_json(path, measure())
+            write_json(path, measure() | self.made)
         return json.loads(path.read_text())
 
     def row(self, experiment, name, model, seed, steps):
@@ -254,7 +292,8 @@ class Lab:
         except FloatingPointError:
             return dict(loss=None)
         if hasattr(experiment, "measure"):
-            return experiment.measure(self, name, model, net, out)
+            path = out / f"{experiment.__name__}-{name}-{steps}-{self.options.num}.json"
+            return self.once(path, lambda: experiment.measure(self, name, model, net))
         row = self.once(out / f"losses-{steps}.json", lambda: self.losses(model, net))
         if steps == marks_of(experiment)[-1] and getattr(experiment, "SAMPLED", True):
             row |= self.once(out / f"samples-{steps}-{self.options.num}.json",
@@ -287,11 +326,12 @@ class Lab:
         for group, name, model, seed in self.runs(experiment):
             size = {}
             if issubclass(model.build, DiP) and not self.quick:
-                parameters, flops = self.cost(model.config)
+                parameters, flops = self.cost(model.config, model.build)
                 size = dict(parameters=parameters, gflops=round(flops / 1e9, 4))
             for steps in marks_of(experiment):
                 row = self.row(experiment, name, model, seed, steps)
                 print(f"{group}: {name}, seed {seed}, {steps} steps: " + ", ".join(
-                    f"{key} {x}" for key, x in row.items() if not isinstance(x, list)), flush=True)
+                    f"{key} {x}" for key, x in row.items()
+                    if key not in self.made and not isinstance(x, list)), flush=True)
                 yield dict(group=group, model=name, seed=seed, steps=steps, lr=model.lr, **size,
-                           **row)
+                           **self.made | row)

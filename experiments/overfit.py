@@ -7,40 +7,29 @@ detail: power of the difference over power of the photo, both in the upper half 
 an image without any detail has 1, one with detail that is wrong has more.
 """
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
+from matplotlib.cbook import get_sample_data
 
-from experiments.lab import NARROW, UNET, WIDE, Model
+from experiments.lab import NARROW, UNET, WIDE, Model, OneClass
 from experiments.report import Claim
 from fid import read_image
 
 SIZE = 96
+PHOTO = read_image(get_sample_data("grace_hopper.jpg", asfileobj=False), SIZE)
 
 
-class OnePhoto:
+class OnePhoto(OneClass):
     """A data set of one image."""
 
-    classes = names = ["the photo"]
-    flip = False
-    bad = torch.zeros(1, dtype=torch.bool)
-
-    def __init__(self):
-        path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-        self.image = read_image(path, SIZE)
-
-    def __len__(self):
-        return 1
-
     def __getitem__(self, index):
-        return self.image, 0
+        return PHOTO, 0
 
 
 def models(base):
     base = base.replace(image_size=SIZE, num_classes=1)
     training = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
-    return {name: Model(config, data=OnePhoto(), training=training)
+    return {name: Model(config, data=OnePhoto(1), training=training)
             for name, config in (("DiT-only", base), ("DiP", base.replace(**UNET)))}
 
 
@@ -67,20 +56,23 @@ def error_of_detail(images, truth):
     return float(power(images.astype(float) - truth).mean() / power(truth.astype(float)))
 
 
-def measure(lab, name, model, net, out):
-    images, truth = lab.sample(net, 4), model.data.image
-    return dict(psnr=psnr(images, truth), error=error_of_detail(images, truth))
+def measure(lab, name, model, net):
+    images = lab.sample(net, 4)
+    return dict(psnr=psnr(images, PHOTO), error=error_of_detail(images, PHOTO))
 
 
 def draw(results, lab):
     """The photo and what was learned of it, with crops."""
-    images = {f"{name}, {group.split(',')[0]}": lab.sample(lab.train(model, 0, MARKS[-1])[0], 1)[0]
-              for group, models in MODELS.items() for name, model in models.items()}
+    images = {"the photo": PHOTO}
+    for group, models in MODELS.items():
+        for name, model in models.items():
+            net, _ = lab.train(model, 0, MARKS[-1])
+            images[f"{name}, {group.split(',')[0]}"] = lab.sample(net, 1)[0]
     figure, panels = plt.subplots(2, 5, figsize=(10, 4.3), layout="constrained")
-    corner = slice(4, 36), slice(32, 64)                     # of the crop
-    for column, (name, image) in zip(panels.T, {"the photo": OnePhoto().image, **images}.items()):
+    crop = slice(4, 36), slice(32, 64)
+    for column, (name, image) in zip(panels.T, images.items()):
         column[0].imshow(image, interpolation="nearest")
-        column[1].imshow(image[corner], interpolation="nearest")
+        column[1].imshow(image[crop], interpolation="nearest")
         column[0].set_title(name, size=10)
         for axes in column:
             axes.set_axis_off()

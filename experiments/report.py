@@ -65,25 +65,29 @@ def split_collapsed(rows):
     """(rows, seeds that collapsed)"""
     if not rows:
         return [], []
-    losses = [math.inf if row.get("loss", 0) is None else row.get("loss", 0) for row in rows]
-    named = [row.get("named", 1) for row in rows]
-    highest, fewest = 1.5 * statistics.median(losses), statistics.median(named) / 2
-    good = [row for row, loss, right in zip(rows, losses, named)
-            if loss < math.inf and loss <= highest and right >= fewest]
+    losses = [row.get("loss", 0) for row in rows]            # None if the training diverged
+    losses = [math.inf if x is None or math.isnan(x) else x for x in losses]
+    named = [row["named"] for row in rows if "named" in row]
+    highest, fewest = 1.5 * statistics.median(losses), statistics.median(named or [0]) / 2
+    good = [row for row, loss in zip(rows, losses)
+            if loss < math.inf and loss <= highest and row.get("named", fewest) >= fewest]
     return good, [row["seed"] for row in rows if row not in good]
 
 
-def by_seed(rows, measure):
-    """{seed: figure} of the rows that have it."""
-    return {row["seed"]: row[measure] for row in rows if measure in row}
+def by_seed(rows, measure, **where):
+    """{seed: figure} of the rows that agree with `where`, have it, and have not collapsed."""
+    good, _ = split_collapsed(find(rows, **where))
+    return {row["seed"]: row[measure] for row in good if measure in row}
 
 
 def told(numbers):
-    """Mean and standard deviation over the seeds, to the digits that mean something."""
+    """Mean and standard deviation over the seeds, to three digits, or more if the spread has none
+    of them."""
     if not numbers:
         return "-"
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0
-    digits = max(0, 2 - math.floor(math.log10(abs(mean) or 1)))
+    digits = max(0, *(places - math.floor(math.log10(abs(x)))
+                      for x, places in ((mean, 2), (spread, 0)) if x))
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if numbers[1:] else "")
 
 
@@ -104,21 +108,22 @@ def compare(a, b, measure):
 
 def judge(claim, rows):
     """(group, steps, {measure: (figures, verdict)}) of a claim, wherever both models are."""
+    names = claim.a, claim.b
     for group, steps in dict.fromkeys((row["group"], row["steps"]) for row in rows):
-        pair = [find(rows, group=group, steps=steps, model=name) for name in (claim.a, claim.b)]
-        kept, collapsed = zip(*map(split_collapsed, pair))
-        found, notes = {}, "".join(
-            f"; {name} collapsed: seed {', '.join(map(str, seeds))}"
-            for name, seeds in zip((claim.a, claim.b), collapsed) if seeds)
+        here = find(rows, group=group, steps=steps)
+        collapsed = [split_collapsed(find(here, model=name))[1] for name in names]
+        notes = "".join(f"; {name} collapsed: seed {', '.join(map(str, seeds))}"
+                        for name, seeds in zip(names, collapsed) if seeds)
+        found = {}
         for measure in claim.measures:
-            a, b = (by_seed(side, measure) for side in kept)
+            a, b = (by_seed(here, measure, model=name) for name in names)
             if not (a or collapsed[0]) or not (b or collapsed[1]):
-                continue
+                continue                                     # not measured
             sign, both = -1 if measure in MORE_IS_BETTER else 1, a.keys() & b.keys()
             wins = sum(sign * a[seed] < sign * b[seed] for seed in both)
-            verdict = UNCLEAR if notes else compare([*a.values()], [*b.values()], measure)
-            found[measure] = (f"{told([*a.values()])} against {told([*b.values()])} "
-                              f"({wins}/{len(both)}){notes}", verdict)
+            a, b = list(a.values()), list(b.values())
+            verdict = UNCLEAR if notes else compare(a, b, measure)
+            found[measure] = f"{told(a)} against {told(b)} ({wins}/{len(both)}){notes}", verdict
         if found:
             yield group, steps, found
 
@@ -176,6 +181,28 @@ def plot_dots(axes, rows, measure, colours):
     axes.set_yticks(range(len(names)), names)
 
 
+def plot_curves(axes, curves, colours, xlabel):
+    """A line a curve, through means, and a dot a seed: {name: {x: figures, one a seed}}, x > 0."""
+    for name, points in curves.items():
+        points = {x: figures for x, figures in points.items() if figures}
+        axes.plot(list(points), list(map(statistics.mean, points.values())), label=name,
+                  color=colours[name])
+        for x, figures in points.items():
+            axes.plot([x] * len(figures), figures, "o", color=colours[name], alpha=0.5,
+                      markersize=4)
+    ticks = sorted({x for points in curves.values() for x in points})
+    axes.set(xlabel=xlabel, xscale="log")
+    axes.set_xticks(ticks, [f"{x:.2g}" if x < 10 else x for x in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def plot_band(axes, x, curves, colour, **settings):
+    """The mean of curves, one a seed, and a band from the lowest to the highest."""
+    axes.plot(x, np.mean(curves, axis=0), color=colour, **settings)
+    axes.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2)
+
+
 def plot_rows(results, lab):
     """What an experiment without a picture of its own draws: a row of panels a group, a panel a
     measure, after the last step."""
@@ -186,45 +213,45 @@ def plot_rows(results, lab):
     heights = [0.27 * len({row["model"] for row in find(rows, group=group)}) + 0.6
                for group in groups]
     figure, panels = plt.subplots(len(groups), len(measures), figsize=(9, sum(heights) + 0.5),
-                                  squeeze=False, layout="constrained", height_ratios=heights)
+                                  squeeze=False, sharey="row", layout="constrained",
+                                  height_ratios=heights)
     for line, group in zip(panels, groups):
         for axes, measure in zip(line, measures):
             plot_dots(axes, find(rows, group=group), measure, colours_of(rows))
             axes.set_xlabel(LABELS[measure] if group == groups[-1] else "")
-            axes.set_yticklabels(axes.get_yticklabels() if axes is line[0] else [])
         line[0].set_title(f"{group}, {last} steps", loc="left", size=10)
     return figure
 
 
 def plot_by_t(axes, results, reference, group, steps):
-    """Loss in tenths of t over that of the reference model: a line a model, a band from the lowest
-    to the highest seed."""
-    rows, middles = find(results["rows"], group=group, steps=steps), np.arange(10) / 10 + 0.05
-    base = {row["seed"]: np.array(row["loss_by_t"], float) for row in find(rows, model=reference)}
+    """Loss in tenths of t over that of the reference model: a line a model."""
+    rows = find(results["rows"], group=group, steps=steps)
+    base = by_seed(rows, "loss_by_t", model=reference)
     for name, colour in colours_of(results["rows"]).items():
-        if not find(rows, model=name):
-            continue
-        kept = split_collapsed(find(rows, model=name))[0]
-        ratios = np.array([np.array(row["loss_by_t"], float) / base[row["seed"]] for row in kept])
-        axes.plot(middles, ratios.mean(0), "o-", color=colour, markersize=3, label=name)
-        axes.fill_between(middles, ratios.min(0), ratios.max(0), color=colour, alpha=0.2)
+        found = by_seed(rows, "loss_by_t", model=name)
+        ratios = [np.array(found[seed], float) / np.array(base[seed], float)
+                  for seed in found.keys() & base.keys()]
+        if ratios:
+            plot_band(axes, np.arange(10) / 10 + 0.05, ratios, colour, marker="o", markersize=3,
+                      label=name)
     axes.set(title=f"{group}, {steps} steps", xlabel="t, from data to noise",
              ylabel=f"loss over that of {reference}")
     axes.grid(alpha=0.3)
 
 
-def plot_strip(axes, title, strip):
-    """Rows of samples, a model each: {model: uint8 (n, H, W, 3)}."""
-    padded = [np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-              for images in strip.values()]
-    axes.imshow(np.concatenate([np.concatenate(list(row), axis=1) for row in padded]),
-                interpolation="nearest")
-    height = padded[0].shape[1]
-    axes.set_yticks([height * (k + 0.5) for k in range(len(strip))], strip)
+def plot_samples(axes, lab, models, steps, num=10):
+    """Samples of seed 0 of {name: Model}, a row a model."""
+    rows = []
+    for model in models.values():
+        images = lab.sample(lab.train(model, 0, steps)[0], num)
+        framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        rows.append(np.concatenate(list(framed), axis=1))
+    axes.imshow(np.concatenate(rows), interpolation="nearest")
+    axes.set_yticks([len(rows[0]) * (k + 0.5) for k in range(len(rows))], models)
     axes.tick_params(left=False)
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
-    axes.set_title(title, size=10)
+    axes.set_title(f"samples of seed 0 after {steps} steps", size=10)
 
 
 def write_json(path, content):

@@ -7,10 +7,9 @@ evaluation of the field counts once, guided or not: the paper's "100x2" is 100 h
 """
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from experiments.lab import NARROW, UNET, tuned
-from experiments.report import COLOURS, LABELS, Claim, find
+from experiments.report import COLOURS, LABELS, Claim, by_seed, plot_curves
 from sample import SampleOptions
 
 EVALUATIONS = 6, 12, 24, 48
@@ -33,30 +32,21 @@ CLAIMS = [Claim(text, a, b, ("frechet",), source, paper) for text, a, b, source,
      "everywhere 48", "-", "-"))]
 
 
-def measure(lab, name, model, net, out):
+def measure(lab, name, model, net):
     method, evaluations = name.split()
     _, order, settings = METHODS[method]
-    return lab.once(out / f"{method}-{evaluations}-{lab.options.num}.json", lambda: lab.judge(
-        model, lab.samples(net, **settings, steps=int(evaluations) // order)))
+    return lab.judge(model, lab.samples(net, **settings, steps=int(evaluations) // order))
 
 
 def draw(results, lab):
     """Distance over evaluations: samplers without guidance, and Euler with and without it."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    colours = dict(zip((label for label, *_ in METHODS.values()), COLOURS))
     for axes, shown in zip(panels, (("euler", "heun", "ab2"), ("euler", "everywhere", "interval"))):
-        for method in shown:
-            colour = COLOURS[list(METHODS).index(method)]
-            found = {n: [row["frechet"] for row in find(results["rows"], model=f"{method} {n}")]
-                     for n in EVALUATIONS}
-            found = {n: points for n, points in found.items() if points}
-            axes.plot(list(found), [np.mean(points) for points in found.values()], color=colour,
-                      label=METHODS[method][0])
-            for n, points in found.items():
-                axes.plot([n] * len(points), points, "o", color=colour, alpha=0.6, markersize=4)
-        axes.set(xlabel="evaluations", xscale="log")
-        axes.set_xticks(EVALUATIONS, EVALUATIONS)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        curves = {METHODS[method][0]: {
+            n: list(by_seed(results["rows"], "frechet", model=f"{method} {n}").values())
+            for n in EVALUATIONS} for method in shown}
+        plot_curves(axes, curves, colours, "evaluations")
         axes.legend(fontsize=8)
     panels[0].set_ylabel(LABELS["frechet"])
     return figure

@@ -11,9 +11,10 @@ convolutions and attention take, each timed by itself: nothing can be faster tha
 they are.  Peak memory is that of a fresh process (CPU) or of the allocator (CUDA), and counts the
 weights.  Weights are random: they cost the same.
 
---plan measures nothing.  A training step under bf16 autocast is run on fake tensors, which have
-shapes and no values: peak memory is torch's MemTracker's, time is that of a roofline, in which each
-kernel takes the longest of its FLOPs, its bytes and a launch, at the peak rates of a named card.
+--plan measures nothing.  A training step under bf16 autocast, without clipping, is run on fake
+tensors, which have shapes and no values: peak memory is torch's MemTracker's, time is that of a
+roofline, in which each kernel takes the longest of its FLOPs, its bytes and a launch, at the peak
+rates of a named card.
 """
 
 import multiprocessing
@@ -37,6 +38,13 @@ from common import Processes, at_least, autocast, option, parse_options, run_mai
 from dip import PRESETS, DiP, check_choice, cost, flow_matching_loss
 from train import TrainOptions
 from train import prepare as prepare_model
+
+aten = torch.ops.aten    # on fake tensors of a CPU flash attention has another name
+FLOPS = flop_registry | {                                    # {operator: its FLOPs}
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 
 
 @dataclass
@@ -151,12 +159,6 @@ def take_turns(passes, repeat):
 CARDS = {    # dense bf16 FLOP/s and bytes/s of the SXM cards, from NVIDIA's data sheets
     "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 LAUNCH = 5e-6            # seconds: what a small kernel takes at least, an assumption
-aten = torch.ops.aten    # on fake tensors of a CPU flash attention has another name
-FLOPS = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu:
-        flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 
 
 class Roofline(TorchDispatchMode):

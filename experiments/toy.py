@@ -20,8 +20,8 @@ from scipy.spatial import cKDTree
 
 from common import random_stream
 from dip import MIN_TIME, TimeEmbedding
-from experiments.lab import WIDE, Model
-from experiments.report import COLOURS, Claim, find
+from experiments.lab import WIDE, Model, OneClass
+from experiments.report import COLOURS, Claim, by_seed
 from sample import heun
 
 CELL, GRID, WIDTH, POINTS = 0.25, 32, 64, 4000   # side of a cell, cells a side, units, samples
@@ -45,18 +45,12 @@ def on_the_tree(n, seed):
     return chosen[:, 0] + rng.random((n, 1)) * (chosen[:, 1] - chosen[:, 0])
 
 
-class TreeData:
+class TreeData(OneClass):
     """Points as images of one pixel with two channels, in levels from 0 to 255, not rounded."""
 
-    classes = names = ["tree"]
-    flip = False
-    bad = torch.zeros(0, dtype=torch.bool)
-
-    def __init__(self, length=100_000):
+    def __init__(self, length):
+        super().__init__(length)
         self.points = ((on_the_tree(length, 0) + 1) * 127.5).astype(np.float32)
-
-    def __len__(self):
-        return len(self.points)
 
     def __getitem__(self, index):
         return self.points[index][None, None], 0
@@ -102,7 +96,7 @@ class EnlargedImageInput(PatchInput):
 
 TRAINING = dict(batch_size=256, micro_batch=256, label_dropout=0.0, time_mean=-1.0)
 MODELS = {"toy": {
-    name: Model(WIDE.replace(num_classes=1), data=TreeData(), build=build, training=TRAINING)
+    name: Model(WIDE.replace(num_classes=1), data=TreeData(100_000), build=build, training=TRAINING)
     for name, build in (("patch", PatchInput), ("image", ImageInput),
                         ("image, enlarged", EnlargedImageInput))}}
 MARKS = 2500,
@@ -120,7 +114,7 @@ def draw_points(net, n):
     return points.flatten(1).double().cpu().numpy()
 
 
-def measure(lab, name, model, net, out):
+def measure(lab, name, model, net):
     points, truth = draw_points(net, POINTS), on_the_tree(20 * POINTS, 1)
     return dict(to_tree=float(cKDTree(truth).query(points)[0].mean()),
                 from_tree=float(cKDTree(points).query(truth[:POINTS])[0].mean()))
@@ -134,7 +128,7 @@ def draw(results, lab):
         for segment in np.array(tree()):
             axes.plot(*segment.T, color=COLOURS[4], linewidth=2.5, solid_capstyle="round", zorder=1)
         axes.plot(*points.T, "k.", markersize=0.8, zorder=2)
-        ours = [row["to_tree"] for row in find(results["rows"], model=name)]
+        ours = list(by_seed(results["rows"], "to_tree", model=name).values())
         axes.set(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.1, 1.1), xticks=[], yticks=[])
         axes.set_title(f"head sees: {name}\nmean distance to the tree {np.mean(ours):.4f}", size=10)
     return figure

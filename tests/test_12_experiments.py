@@ -7,7 +7,9 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,8 @@ from experiments import __main__ as table
 from experiments import features, head_init, heads, kinds, lab, learning_rate, overfit, toy
 from experiments.lab import NARROW, UNET, WIDE, Lab, Model, Options
 from experiments.measures import power_spectrum, seam_contrast
-from experiments.report import (LEVEL, MARGINS, OPPOSITE, SEEN, UNCLEAR, Claim, claims_table,
-                                compare, judge, split_collapsed, told)
+from experiments.report import (LEVEL, OPPOSITE, SEEN, UNCLEAR, Claim, claims_table, compare,
+                                judge, plot_by_t, split_collapsed, told)
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
@@ -170,6 +172,26 @@ def test_a_run_whose_samples_nobody_recognises_has_collapsed():
     assert split_collapsed(rows) == ([rows[0], rows[2]], [1])
 
 
+def test_diverged_runs_do_not_make_the_others_collapse():
+    """Neither a loss that is not a number, nor runs that were never sampled."""
+    rows = [dict(seed=seed, loss=loss) for seed, loss in enumerate((float("nan"), 0.2, 0.2))]
+    assert split_collapsed(rows) == (rows[1:], [0])
+    rows = [dict(seed=0, loss=None), dict(seed=1, loss=0.2, named=0.3), dict(seed=2, loss=0.2)]
+    assert split_collapsed(rows) == (rows[1:], [0])
+
+
+def test_a_diverged_run_is_left_out_of_the_plot_by_t():
+    losses = dict(none=[1.0, None, 2.0], x=[3.0, 3.0, None], y=[None] * 3)
+    rows = [dict(group="g", model=model, seed=seed, steps=5, loss=loss,
+                 **({} if loss is None else {"loss_by_t": [loss] * 10}))
+            for model, found in losses.items() for seed, loss in enumerate(found)]
+    axes = plt.figure().subplots()
+    plot_by_t(axes, dict(rows=rows), "none", "g", 5)
+    plt.close()
+    assert [line.get_label() for line in axes.lines] == ["none", "x"]
+    assert list(axes.lines[1].get_ydata()) == [3.0] * 10     # of seed 0, which both have
+
+
 def test_pairs_are_of_one_seed_also_where_one_has_collapsed():
     rows = some_rows(x=[9, 0.10, 0.11], y=[0.2, 0.09, 0.2])
     assert "(1/2); x collapsed: seed 0" in judged(rows)[0]
@@ -204,6 +226,7 @@ def test_figures_have_the_digits_that_mean_something():
     assert told([0.1234, 0.1264]) == "0.125 ± 0.002"
     assert told([12.345]) == "12.3"
     assert told([]) == "-"
+    assert told([0.2312, 0.2304]) == "0.2308 ± 0.0006"
 
 
 # What is compared
@@ -245,11 +268,12 @@ def test_the_sum_starts_at_zero_and_is_the_plain_layer_and_the_head():
     plain = net(x, t, y)
     net.output = output.detailer
     assert torch.allclose(both, plain + net(x, t, y), atol=1e-5)
+    net.output = output
+    assert dip.cost(net.config, heads.Sum)[0] == sum(p.numel() for p in net.parameters())
 
 
 def test_each_model_is_trained_at_its_own_best_learning_rate():
-    """As results/learning_rate.json says, on a seed that is not judged; one at a rate that is level
-    with it by the margin of all verdicts."""
+    """As results/learning_rate.json says, on a seed that is not judged."""
     rows = json.loads((ROOT / "experiments/results/learning_rate.json").read_text())["rows"]
     assert {row["seed"] for row in rows}.isdisjoint(range(3))
     compared = [pair for name in ("heads", "geometry", "crossover", "kinds")
@@ -258,9 +282,7 @@ def test_each_model_is_trained_at_its_own_best_learning_rate():
         for name, model in models.items():
             losses = {row["lr"]: row["loss"] for row in rows if row["model"] == name
                       and row["group"].startswith(f"{group}, lr ")}
-            assert losses[model.lr] < min(losses.values()) * (1 + MARGINS["loss"]), (group, name)
-            assert (losses[model.lr] == min(losses.values())) == (
-                (group, name) != ("wide, photos", "deeper"))
+            assert losses[model.lr] == min(losses.values()), (group, name)
 
 
 @pytest.mark.parametrize("build", head_init.VARIANTS.values(), ids=head_init.VARIANTS)
@@ -309,6 +331,9 @@ def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_path, 
         trained.append(options.steps) or fit(options, *args, **settings)))
     first = here.row(learning_rate, "m", model, 0, 2)
     assert here.row(learning_rate, "m", model, 0, 2) == first
+    assert not first["compiled"]                             # the row says how it was made
+    assert Lab(Options(runs=str(tmp_path), compile=True)).row(
+        learning_rate, "m", model, 0, 2) == first
     here.row(learning_rate, "m", model, 0, 4)
     assert trained == [2, 4]
     log = [json.loads(line)["step"] for line in next(tmp_path.glob("none-*/log.jsonl")).open()]
@@ -319,6 +344,62 @@ def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_path, 
     net, _ = here.train(model, 0, 4)
     assert trained == [2, 4]
     assert all(torch.equal(x, kept[name]) for name, x in net.state_dict().items())
+
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from common import locked
+folder, path = map(Path, sys.argv[1:])
+with locked(folder):
+    print("held", flush=True)
+    time.sleep(1)
+    path.with_suffix(".other").rename(path)"""
+
+
+def test_two_commands_do_not_train_the_same_model(tmp_path, monkeypatch):
+    """The second waits, and takes what the first has made."""
+    here, model = Lab(Options(runs=str(tmp_path))), Model(NARROW.replace(hidden_size=32, depth=1))
+    _, out = here.train(model, 0, 2)
+    path = out / "ema-2.pt"
+    path.rename(path.with_suffix(".other"))
+    (out / "ckpt-00000002.pt").unlink()
+    monkeypatch.setattr(lab, "fit", None)
+    with subprocess.Popen([sys.executable, "-c", OTHER, out, path], stdout=subprocess.PIPE,
+                          cwd=ROOT) as other:
+        assert other.stdout.readline() == b"held\n"
+        here.train(model, 0, 2)
+    assert other.returncode == 0
+
+
+def test_python_sample_py_does_not_draw_with_the_newest_experiment():
+    assert not Path(Options().runs).is_relative_to("runs")
+
+
+def a_run(tmp_path, monkeypatch, draw=lambda *_: plt.figure()):
+    """table.run of one model at rate 2, whose seed 0 is new, beside old rows."""
+    experiment = SimpleNamespace(MODELS={"g": {"m": Model(NARROW, 2.0)}}, CLAIMS=[], draw=draw)
+    monkeypatch.setattr(table, "load", lambda _: experiment)
+    row = dict(group="g", model="m", steps=500, lr=2.0, loss=1.0)
+    old = [row | dict(seed=0, loss=9.0), row | dict(seed=1), row | dict(seed=2, lr=1.0),
+           row | dict(seed=1, model="gone")]
+    (tmp_path / "x.json").write_text(json.dumps(dict(rows=old, classifiers={})))
+    table.run("x", SimpleNamespace(rows=lambda _: [row | dict(seed=0)], runs=lambda _: [("g",)]),
+              tmp_path, tmp_path)
+    return json.loads((tmp_path / "x.json").read_text())["rows"]
+
+
+def test_a_run_replaces_its_own_rows_and_those_of_models_that_have_changed(tmp_path, monkeypatch):
+    rows = a_run(tmp_path, monkeypatch)
+    assert [(row["seed"], row["loss"], row["lr"]) for row in rows] == [(0, 1, 2), (1, 1, 2)]
+    assert (tmp_path / "x.png").exists()
+
+
+def test_a_training_that_diverged_costs_its_picture_alone(tmp_path, monkeypatch, capsys):
+    def draw(*_):
+        raise FloatingPointError
+    assert a_run(tmp_path, monkeypatch, draw)
+    assert "x.png stays as it is" in capsys.readouterr().out
 
 
 def test_photos_are_asked_for_and_counted(tmp_path):
@@ -357,8 +438,7 @@ def test_the_toys_differ_in_what_the_head_sees_alone():
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """The options of --quick, all of whose experiments share their trainings."""
-    folder = str(tmp_path_factory.mktemp("quick"))
-    return Options(runs=folder, results=folder, pictures=folder, quick=True, seeds=1, num=20)
+    return Options(runs=str(tmp_path_factory.mktemp("quick")), quick=True, seeds=1, num=20)
 
 
 @pytest.mark.parametrize("name", table.NAMES)
@@ -366,11 +446,10 @@ def test_every_experiment_runs_to_its_end(capsys, monkeypatch, quick, name):
     """In the small: trains, measures, judges and draws everything once."""
     if name == "learning_rate":                              # heads' models, each at three rates
         monkeypatch.setattr(learning_rate, "MODELS", dict([*learning_rate.MODELS.items()][:1]))
-    table.run(name, Lab(quick))
-    results = Path(quick.results, f"{name}.json")
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"{name}: wrote {Path(quick.pictures, f'{name}.png')}")
-    found = json.loads(results.read_text())
+    folder = Path(quick.runs)
+    table.run(name, Lab(quick), folder, folder)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{name}: wrote {folder / name}.png"
+    found = json.loads((folder / f"{name}.json").read_text())
     assert table.load(name).CLAIMS == [] or "unclear: " in claims_table(table.load(name), found)
     for group, models in table.load(name).MODELS.items():
         assert {row["model"] for row in found["rows"] if row["group"] == group} == set(models)
