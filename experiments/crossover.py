@@ -9,7 +9,7 @@ dimensions, at every width; so its part of the FLOPs falls as the tokens grow.
 
 import matplotlib.pyplot as plt
 
-from experiments.lab import WIDE, Model
+from experiments.models import WIDE, Model
 from experiments.report import COLOURS, LABELS, Claim, by_seed, plot_curves
 
 WIDTHS = {16: 1, 36: 3, 48: 3, 72: 3, 144: 6}                # D: attention heads

@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from dataset import Examples, ShapesData
 from dip import interpolate
-from experiments.lab import STEPS
+from experiments.models import STEPS
 from experiments.placement import MODELS
 from experiments.report import COLOURS, Claim, find
 

@@ -15,7 +15,7 @@ import torch
 
 from common import random_stream
 from dip import DiPConfig
-from experiments.lab import Model, OneClass
+from experiments.models import Model, OneClass
 from experiments.report import COLOURS, Claim, by_seed, plot_band
 
 SIZE, ALPHA, VARIANCE = 16, 1.5, 0.25        # pixels a side; decay; variance of a pixel

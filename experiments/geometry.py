@@ -7,7 +7,7 @@ at its bottleneck: N = 256, D / (3 P^2) = 1.5 and 2/3, as in DiP-XL/16.
 
 from experiments import heads
 from experiments.crossover import SMALL_UNET
-from experiments.lab import WIDE, Model
+from experiments.models import WIDE, Model
 from experiments.report import Claim
 
 BASE = WIDE.replace(image_size=64, patch_size=4, hidden_size=72, num_heads=3)

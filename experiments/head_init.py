@@ -8,7 +8,7 @@ Ours: He normal, the last layer too, transposed convolutions as nearest upsampli
 import torch.nn as nn
 
 from dip import DiP
-from experiments.lab import UNET, Model, in_regimes
+from experiments.models import UNET, Model, in_regimes
 from experiments.report import Claim
 
 

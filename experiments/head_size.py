@@ -6,7 +6,7 @@ Broad: patches of 8 x 8, whose head of 32 base channels has the paper's proporti
 the bottleneck for 192 dimensions; 64 are twice as many.
 """
 
-from experiments.lab import WIDE, tuned
+from experiments.models import WIDE, tuned
 from experiments.report import Claim
 
 DEEP, BROAD = WIDE.replace(patch_size=16, head="unet"), WIDE.replace(head="unet", head_depth=3)

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from dip import DiP, FinalLayer, PatchDetailerHead
 from experiments.kinds import HEADS
-from experiments.lab import UNET, WIDE, Model
+from experiments.models import UNET, WIDE, Model
 from experiments.report import Claim, colours_of, find, plot_by_t, plot_dots, plot_samples
 
 

@@ -7,7 +7,7 @@ has the FLOPs of the U-Net head's model or more.  Each is trained at its own rat
 (learning_rate.py).  Time and memory: `python -m experiments.speed`, at the paper's own sizes.
 """
 
-from experiments.lab import NARROW, UNET, WIDE, Model, in_regimes, tuned
+from experiments.models import NARROW, UNET, WIDE, Model, in_regimes, tuned
 from experiments.report import Claim
 
 HEADS = {"none": {}, "mlp": dict(head="mlp", head_width=320, head_depth=2),

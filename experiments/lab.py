@@ -1,15 +1,11 @@
 """
-What the experiments share: models are trained alike and measured alike.
+The laboratory: models are trained alike and measured alike.
 
 Models that are compared see the same images, times and noise, which depend on the seed alone, and
 differ in what the experiment names and in their learning rate.  That is constant, so that a
 training of 2000 steps passes through that of 500: both are one folder of --runs, named after the
 model's settings, which every experiment that needs it shares.  The name knows nothing of the code:
 whoever changes that deletes the folder.
-
-An experiment is a module with MODELS, {group: {name: Model}}, and CLAIMS.  It may have MARKS (the
-steps after which its models are measured), SEEDS, SAMPLED = False (losses only), a measure() of its
-own in the place of what follows, and a draw() in the place of report.plot_rows.
 
 Of the averaged weights (over about the last tenth of the steps) are measured:
 
@@ -27,12 +23,11 @@ Of the averaged weights (over about the last tenth of the steps) are measured:
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -43,69 +38,16 @@ from torch.utils.data import Subset
 import fid
 from common import load_checkpoint, locked, option, progress, save_atomically, start_processes
 from dataset import Examples, FolderData, ShapesData, open_data
-from dip import DiP, DiPConfig, cost
+from dip import DiP, cost
 from experiments.measures import (make_classifier, moments, power_spectrum, predict, seam_contrast,
                                   train_classifier)
+from experiments.models import TRAINING, WIDE, marks_of
 from experiments.report import write_json
 from sample import generate, to_uint8
 from train import TrainOptions, fit, mean_losses, validate
 
-# -------------------------------------------------------------------------------------------------
-# Models: a token narrower than the 192 dimensions of its patch cannot even carry the noise through;
-# a wide one can, as the paper's (1152 > 768)
-
-WIDE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
-                 head="none")
-NARROW = WIDE.replace(hidden_size=96)
-# the paper's proportion: as in DiP-XL/16 (512 of 768), the bottleneck has 2/3 of a patch's
-# dimensions, 128 of 192
-UNET = dict(head="unet", head_width=32, head_depth=3)
-TRAINING = dict(batch_size=16, micro_batch=16, warmup=50, cooldown=0.0, time_mean=0.0, workers=0,
-                keep=1, log_every=100)
 SAMPLING = dict(sampler="ab2", steps=12)     # without guidance
-STEPS = 500                                  # of a training, where an experiment has no MARKS
 SNAPSHOT = 500                               # steps between the weights that are kept
-
-
-@dataclass(frozen=True)
-class Model:
-    """All that a training depends on, except its seed and its length."""
-
-    config: DiPConfig
-    lr: float = 3e-3
-    data: object = "shapes"                  # or "photos", or an object with what ShapesData has
-    build: type = DiP                        # the class of the network
-    token_loss: bool = False                 # tokens aligned with a classifier's features
-    training: dict = field(default_factory=dict)             # changes to TRAINING
-
-    @property
-    def data_name(self):
-        return self.data if isinstance(self.data, str) else type(self.data).__name__
-
-    def digest(self):
-        """Ten hexadecimal digits that stand for all of it."""
-        settings = [dataclasses.asdict(self.config), self.lr, self.data_name, self.build.__name__,
-                    self.token_loss, TRAINING | self.training]
-        return hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
-
-
-def tuned(config, **settings):
-    """The Model at its head's rate: the better of two on a seed not judged (learning_rate.py)."""
-    return Model(config, 6e-3 if config.head in ("none", "coordinate") else 3e-3, **settings)
-
-
-def marks_of(experiment):
-    """The numbers of steps after which its models are measured."""
-    return getattr(experiment, "MARKS", (STEPS,))
-
-
-def in_regimes(models):
-    """{group: {name: Model}} of models(configuration without head), for narrow and wide tokens."""
-    return {"narrow, shapes": models(NARROW), "wide, shapes": models(WIDE)}
-
-
-# -------------------------------------------------------------------------------------------------
-# The laboratory
 
 
 @dataclass
@@ -121,20 +63,6 @@ class Options:
     compile: bool = option(False, "torch.compile, block by block")
     quick: bool = option(False, "a smoke run, which writes nothing")
     readme: bool = option(False, "write the tables into experiments/README.md")
-
-
-class OneClass:
-    """What a data set of one class has beside its images."""
-
-    classes = names = ["-"]
-    flip = False
-    bad = torch.zeros(0, dtype=torch.bool)
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return self.length
 
 
 class InMemory(FolderData):

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cbook import get_sample_data
 
-from experiments.lab import NARROW, UNET, WIDE, Model, OneClass
+from experiments.models import NARROW, UNET, WIDE, Model, OneClass
 from experiments.report import Claim
 from fid import read_image
 

@@ -2,7 +2,7 @@
 Fig. 11, Appendix D: should the head see one patch at a time, or the whole image?
 """
 
-from experiments.lab import UNET, in_regimes, tuned
+from experiments.models import UNET, in_regimes, tuned
 from experiments.report import Claim
 
 MODELS = in_regimes(lambda base: {

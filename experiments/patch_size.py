@@ -5,7 +5,7 @@ Tokens of 256 for patches of 4, 8 and 16 pixels a side (48, 192 and 768 dimensio
 without a U-Net head in the paper's proportion.
 """
 
-from experiments.lab import WIDE, tuned
+from experiments.models import WIDE, tuned
 from experiments.report import Claim
 
 UNETS = {4: (16, 2), 8: (32, 3), 16: (64, 4)}                # P: base channels, stages

@@ -5,7 +5,7 @@ After the last block (post-hoc), between two blocks with its pixels projected ba
 (intermediate; the model then ends as a plain DiT), or both (hybrid), against no head at all.
 """
 
-from experiments.lab import UNET, in_regimes, tuned
+from experiments.models import UNET, in_regimes, tuned
 from experiments.report import Claim
 
 PLACES = {"no head": {}, "post-hoc": UNET, "intermediate": dict(placement="intermediate", **UNET),

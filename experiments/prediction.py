@@ -5,7 +5,7 @@ JiT (arXiv 2511.13720) finds that a plain DiT on large patches works if its last
 clean image x instead of the velocity v, with the loss on the velocity as ever.
 """
 
-from experiments.lab import UNET, in_regimes, tuned
+from experiments.models import UNET, in_regimes, tuned
 from experiments.report import Claim
 
 KINDS = {"DiT-v": {}, "DiT-x": dict(prediction="x"), "DiP-v": UNET,

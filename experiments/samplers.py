@@ -8,7 +8,7 @@ evaluation of the field counts once, guided or not: the paper's "100x2" is 100 h
 
 import matplotlib.pyplot as plt
 
-from experiments.lab import NARROW, UNET, tuned
+from experiments.models import NARROW, UNET, tuned
 from experiments.report import COLOURS, LABELS, Claim, by_seed, plot_curves
 from sample import SampleOptions
 

@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 
 from common import random_stream
 from dip import MIN_TIME, TimeEmbedding
-from experiments.lab import WIDE, Model, OneClass
+from experiments.models import WIDE, Model, OneClass
 from experiments.report import COLOURS, Claim, by_seed
 from sample import heun
 

@@ -21,8 +21,9 @@ from PIL import Image
 import dip
 from experiments import __main__ as table
 from experiments import features, head_init, heads, kinds, lab, learning_rate, overfit, toy
-from experiments.lab import NARROW, UNET, WIDE, Lab, Model, Options
+from experiments.lab import Lab, Options
 from experiments.measures import power_spectrum, seam_contrast
+from experiments.models import NARROW, UNET, WIDE, Model
 from experiments.report import (LEVEL, OPPOSITE, SEEN, UNCLEAR, Claim, claims_table, compare,
                                 judge, plot_by_t, split_collapsed, told)
 
