@@ -5,10 +5,11 @@ Photos of 64 x 64 in patches of 4 x 4 (48 dimensions), tokens of 72, a U-Net hea
 at its bottleneck: N = 256, D / (3 P^2) = 1.5 and 2/3, as in DiP-XL/16.
 """
 
-from experiments import heads
+import matplotlib.pyplot as plt
+
 from experiments.crossover import SMALL_UNET
 from experiments.models import WIDE, Model
-from experiments.report import Claim
+from experiments.report import Claim, plot_by_t, plot_samples
 
 BASE = WIDE.replace(image_size=64, patch_size=4, hidden_size=72, num_heads=3)
 SMALL = dict(batch_size=8, micro_batch=8)
@@ -21,4 +22,11 @@ CLAIMS = [Claim("the U-Net head is better than none", "unet", "none",
 
 
 def draw(results, lab):
-    return heads.draw(results, lab, MODELS, MARKS[-1])
+    """Loss by t over that of no head, and samples."""
+    (group, models), = MODELS.items()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained",
+                                         width_ratios=(1, 1.6))
+    plot_by_t(left, results, "none", group, MARKS[-1])
+    left.legend(fontsize=8)
+    plot_samples(right, lab, models, MARKS[-1])
+    return figure

@@ -15,7 +15,7 @@ import torch.nn as nn
 from dip import DiP, FinalLayer, PatchDetailerHead
 from experiments.kinds import HEADS
 from experiments.models import UNET, WIDE, Model
-from experiments.report import Claim, colours_of, find, plot_by_t, plot_dots, plot_samples
+from experiments.report import Claim, colours_of, find, plot_by_t, plot_dots
 
 
 class Both(nn.Module):
@@ -74,16 +74,15 @@ CLAIMS = [
           ("loss", "detail"))]
 
 
-def draw(results, lab, models=MODELS, steps=MARKS[-1]):
-    """Loss by t over that of no head, and Frechet distances, a column a group; below, samples."""
-    rows, colours = find(results["rows"], steps=steps), colours_of(results["rows"])
+def draw(results, lab):
+    """Loss by t over that of no head, and Frechet distances, a column a group."""
+    rows, colours = find(results["rows"], steps=MARKS[-1]), colours_of(results["rows"])
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    figure, panels = plt.subplots(3, len(groups), figsize=(5.2 * len(groups), 8.4), squeeze=False,
-                                  layout="constrained", height_ratios=(3, 1.2, 2.6))
-    for (upper, middle, lower), group in zip(panels.T, groups):
-        plot_by_t(upper, results, "none", group, steps)
+    figure, panels = plt.subplots(2, len(groups), figsize=(5.2 * len(groups), 5.6), squeeze=False,
+                                  layout="constrained", height_ratios=(3, 1.2))
+    for (upper, lower), group in zip(panels.T, groups):
+        plot_by_t(upper, results, "none", group, MARKS[-1])
         judged = [row for row in find(rows, group=group) if row["model"] != "unet + token loss"]
-        plot_dots(middle, judged, "frechet", colours)
-        plot_samples(lower, lab, models[group], steps)
+        plot_dots(lower, judged, "frechet", colours)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure

@@ -1,8 +1,8 @@
 """
 Does the order of the models last?  Short runs mislead.
 
-The leaders of heads.py on shapes, trained four times as long: the sum, and as many FLOPs in a
-deeper DiT, against no head.
+No head, the head in its place and beside DiT's own last layer, and as many FLOPs in a deeper DiT,
+as in heads.py on shapes, trained four times as long.
 """
 
 import matplotlib.pyplot as plt
@@ -12,7 +12,7 @@ from experiments.report import (LABELS, by_seed, colours_of, find, plot_curves, 
                                 plot_samples)
 
 GROUP = "wide, shapes"
-MODELS = {GROUP: {name: heads.MODELS[GROUP][name] for name in ("none", "sum", "deeper")}}
+MODELS = {GROUP: {name: heads.MODELS[GROUP][name] for name in ("none", "unet", "sum", "deeper")}}
 MARKS = 500, 2000, 8000
 CLAIMS = [claim for claim in heads.CLAIMS if {claim.a, claim.b} <= MODELS[GROUP].keys()]
 
