@@ -50,11 +50,12 @@ def models(data, rates):
     return {name: Model(**kinds[name], lr=lr, data=data) for name, lr in rates.items()}
 
 
-# the best of 1e-3, 3e-3 and 6e-3 after 500 steps of seed 9
+# the best of 1e-3, 3e-3 and 6e-3 after 500 steps of seed 9; deeper on photos: the second
+# best, with a loss 0.3 % above that of 1e-3
 RATES = {"shapes": {"none": 6e-3, "unet": 3e-3, "sum": 6e-3, "unet + token loss": 3e-3,
                     "deeper": 6e-3, "coordinate": 6e-3},
          "photos": {"none": 3e-3, "unet": 3e-3, "sum": 6e-3, "unet + token loss": 3e-3,
-                    "deeper": 1e-3, "coordinate": 6e-3}}
+                    "deeper": 3e-3, "coordinate": 6e-3}}
 MODELS = {f"wide, {data}": models(data, rates) for data, rates in RATES.items()}
 MARKS = 500, 2000
 PAPER = dict(source="Table 2", paper="FID 2.16 against 5.28")

@@ -13,7 +13,7 @@ from experiments.report import (LABELS, by_seed, colours_of, find, plot_curves, 
 
 GROUP = "wide, shapes"
 MODELS = {GROUP: {name: heads.MODELS[GROUP][name] for name in ("none", "unet", "sum", "deeper")}}
-MARKS = 500, 2000, 8000
+MARKS = 500, 1000, 2000, 4000, 8000
 CLAIMS = [claim for claim in heads.CLAIMS if {claim.a, claim.b} <= MODELS[GROUP].keys()]
 
 

@@ -24,8 +24,8 @@ from experiments import features, head_init, heads, kinds, lab, learning_rate, o
 from experiments.lab import Lab, Options
 from experiments.measures import power_spectrum, seam_contrast
 from experiments.models import NARROW, UNET, WIDE, Model
-from experiments.report import (LEVEL, OPPOSITE, SEEN, UNCLEAR, Claim, claims_table, compare,
-                                judge, plot_by_t, split_collapsed, told)
+from experiments.report import (LEVEL, MARGINS, OPPOSITE, SEEN, UNCLEAR, Claim, claims_table,
+                                compare, judge, plot_by_t, split_collapsed, told)
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
@@ -274,7 +274,8 @@ def test_the_sum_starts_at_zero_and_is_the_plain_layer_and_the_head():
 
 
 def test_each_model_is_trained_at_its_own_best_learning_rate():
-    """As results/learning_rate.json says, on a seed that is not judged."""
+    """As results/learning_rate.json says, on a seed that is not judged; one at a rate that is level
+    with it by the margin of all verdicts."""
     rows = json.loads((ROOT / "experiments/results/learning_rate.json").read_text())["rows"]
     assert {row["seed"] for row in rows}.isdisjoint(range(3))
     compared = [pair for name in ("heads", "geometry", "crossover", "kinds")
@@ -283,7 +284,9 @@ def test_each_model_is_trained_at_its_own_best_learning_rate():
         for name, model in models.items():
             losses = {row["lr"]: row["loss"] for row in rows if row["model"] == name
                       and row["group"].startswith(f"{group}, lr ")}
-            assert losses[model.lr] == min(losses.values()), (group, name)
+            assert losses[model.lr] < min(losses.values()) * (1 + MARGINS["loss"]), (group, name)
+            assert (losses[model.lr] == min(losses.values())) == (
+                (group, name) != ("wide, photos", "deeper"))
 
 
 @pytest.mark.parametrize("build", head_init.VARIANTS.values(), ids=head_init.VARIANTS)
