@@ -34,7 +34,7 @@ def models(base):
 
 
 MODELS = {"narrow, one photo": models(NARROW), "wide, one photo": models(WIDE)}
-MARKS = 500,
+MARKS = 500, 1000
 CLAIMS = [Claim("a DiP learns more of a single image than a DiT-only", "DiP", "DiT-only",
                 ("psnr", "error"), "Fig. 3", "a picture")]
 
