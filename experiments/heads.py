@@ -83,7 +83,8 @@ def draw(results, lab):
                                   layout="constrained", height_ratios=(3, 1.2))
     for (upper, lower), group in zip(panels.T, groups):
         plot_by_t(upper, results, "none", group, MARKS[-1])
-        judged = [row for row in find(rows, group=group) if row["model"] != "unet + token loss"]
+        judged = [row for row in find(rows, group=group)
+                  if "frechet" in row and row["model"] != "unet + token loss"]
         plot_dots(lower, judged, "frechet", colours)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
