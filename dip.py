@@ -659,7 +659,8 @@ PAPER_MILLIONS = {       # Tables 1, 2 and 3
 
 
 def cost(config, build=DiP):
-    """(parameters, FLOPs of the forward pass of one image), with fake tensors: no memory needed.
+    """(parameters, FLOPs of the forward pass of one image) of a model of class `build`, with fake
+    tensors: no memory needed.
 
     FLOPs are those of matrix products and convolutions, a multiply-add counted as 2.
     """
