@@ -659,8 +659,7 @@ PAPER_MILLIONS = {       # Tables 1, 2 and 3
 
 
 def cost(config, build=DiP):
-    """(parameters, FLOPs of the forward pass of one image) of a model of class `build`, with fake
-    tensors: no memory needed.
+    """(parameters, FLOPs of one image's forward pass) of build(config), on fake tensors: no memory.
 
     FLOPs are those of matrix products and convolutions, a multiply-add counted as 2.
     """
