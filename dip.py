@@ -1,9 +1,10 @@
 """
 DiP: Taming Diffusion Models in Pixel Space.  The network, its loss and its presets.
 
-A diffusion transformer cuts the image into large patches, one token each, and decides what goes
-where.  A small Patch Detailer Head then looks at every noisy patch again, pixel by pixel, together
-with its token, and draws the detail that a token is too coarse to carry (Sec. 3.3, Fig. 6).
+A diffusion transformer (DiT) cuts the noisy image into large patches.  Each patch becomes one
+token, and attention between tokens decides what goes where.  A small Patch Detailer Head then looks
+at each noisy patch again, pixel by pixel, together with its token, and adds the detail that one
+token is too coarse to carry (Sec. 3.3, Fig. 6).
 
     x_t (B, 3, H, W) --> patchify --> (B, N, 3, P, P) -------------.
                                             |                      |  noisy pixels
@@ -11,29 +12,27 @@ with its token, and draws the detail that a token is too coarse to carry (Sec. 3
                                             |                      v
                                   s (B, N, D) --> [L blocks] --> head --> unpatchify --> v
                                                       ^            ^
-    t, y --> embed --> c (B, D) ----------------------'            |  t alone
+    t, y --> embed --> c (B, D) ----------------------'            |  time, but no label
                                                                    |
     t ----> embed -------------------------------------------------'
 
-    blocks: every patch attends to every other;  head: each patch by itself, with its token
+    blocks: every patch attends to every other.   head: each patch alone, with its token.
 
-Conventions, stated here once:
-    * Images are float (B, 3, H, W) in [-1, 1]; labels are int64 (B,).  Label `num_classes`
-      is the null class, "no label", which classifier-free guidance needs.
-    * Eq. (6): x_t = (1 - t) x_0 + t eps.  t = 0 is data, t = 1 is noise, t is float (B,) in [0, 1].
-    * The model returns the velocity v = d x_t / dt = eps - x_0 of Eq. (5), although Sec. 3.3 says
-      noise; sampling (sample.py) goes from t = 1 to t = 0.
-    * Patches are in row-major order.  H and W need not be equal; both must be multiples of P.
-    * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, L blocks, s tokens of D
-      dimensions, c the condition, d = D / num_heads.  Inside a head: M inputs at a time (M = B N
-      patches, or B images) and C, the head's width.
+Conventions, stated once:
+    * Images are float (B, 3, H, W) in [-1, 1].  Labels are int64 (B,).  Label `num_classes` is the
+      null class, "no label", which classifier-free guidance needs.
+    * Eq. (6): x_t = (1 - t) x_0 + t eps.  t = 0 is data, t = 1 is noise; t is float (B,) in [0, 1].
+    * The model returns the velocity v = d x_t / dt = eps - x_0 of Eq. (5), where Sec. 3.3 says
+      noise.  Sampling (sample.py) goes from t = 1 down to t = 0.
+    * Patches are in row-major order.  H and W may differ; both must be multiples of P.
+    * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, L blocks, D token width,
+      s tokens, c condition, d = D / num_heads.  Inside a head: M inputs (M = B N patches, or M = B
+      images) and C channels.
 
-The network is the one the authors released (github.com/NJU-PCALab/DiP): `from_release` maps their
-weights onto it.  Equations, tables and sections are those of the paper (arXiv 2511.18822).  The
-mark `paper silent [what]` stands at every choice that the paper does not settle, or that differs
-from it; the comment says where the choice comes from, the README why.
-
-`python dip.py` prints the size and cost of every preset beside the paper's size.
+The network is the one the authors released (github.com/NJU-PCALab/DiP); `from_release` converts
+their weights.  Equations, tables and sections are those of the paper (arXiv 2511.18822).
+`# unspecified [name]:` marks a choice that the paper leaves open, `# differs [name]:` one where we
+follow the release against the paper's text.  The README lists both with reasons.
 """
 
 import dataclasses
@@ -50,32 +49,32 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class DiPConfig:
-    """The network, and the image size of its training.  The defaults are DiP-XL/16 of Table 4."""
+    """The network, and the image size it is trained at.  The defaults are DiP-XL/16 (Table 4)."""
 
-    image_size: int = 256        # H = W in pixels at training; sampling takes any rectangle
+    image_size: int = 256        # H = W in training; sampling takes any rectangle
     patch_size: int = 16         # P
     hidden_size: int = 1152      # D
     depth: int = 26              # L, transformer blocks
-    num_heads: int = 16          # attention heads of a block
+    num_heads: int = 16          # attention heads per block
     num_classes: int = 1000
-    head: str = "unet"           # Table 2: a name in HEADS; none = DiT-only
-    head_width: int = 0          # Fig. 10a: base channels; 0 = the head's own default
-    head_depth: int = 0          # Fig. 10a: down/up-sampling stages, or layers; 0 = its default
-    head_input: str = "patch"    # Fig. 11: patch, or image
-    placement: str = "post-hoc"  # Fig. 5: post-hoc, intermediate, hybrid
-    prediction: str = "v"        # what the last layer predicts: velocity v, or clean image x
-    repa_dim: int = 0            # representation alignment (REPA): the features' width; 0 = none
+    head: str = "unet"           # Table 2: a name in HEADS, or none (DiT-only)
+    head_width: int = 0          # Fig. 10a: channels C; 0 = the head's own default
+    head_depth: int = 0          # Fig. 10a: U-Net stages, or layers; 0 = the head's own default
+    head_input: str = "patch"    # Fig. 11: patch or image
+    placement: str = "post-hoc"  # Fig. 5: post-hoc, intermediate or hybrid
+    prediction: str = "v"        # what the last layer outputs: velocity v or clean image x
+    repa_dim: int = 0            # REPA: width of the encoder's features; 0 = no REPA
 
     def __post_init__(self):
         check(self)
 
     def replace(self, **changes):
-        """A copy with some fields changed, and checked."""
+        """A copy with some fields changed.  Raises ValueError if the result is illegal."""
         return dataclasses.replace(self, **changes)
 
 
 # -------------------------------------------------------------------------------------------------
-# Patches: two functions, inverse to each other; nothing else knows the order of patches
+# Patches: two functions, each the inverse of the other.  Only they know the order of patches.
 
 
 def patchify(x, P):
@@ -100,7 +99,7 @@ def unpatchify(patches, size):
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1] as 128 cosines and 128 sines of geometric frequency, then an MLP."""
+    """t as 128 cosines and 128 sines of different frequencies, then an MLP."""
 
     def __init__(self, D):
         super().__init__()
@@ -113,14 +112,14 @@ class TimeEmbedding(nn.Module):
 
 
 def time_frequencies(device=None, dtype=torch.float32):
-    """w_k = 10^(-k/128), from 1 to about 0.1, far slower than DiT's 1000 t.  -> (128,)"""
-    # paper silent [time embedding]: the release's, which are DDT's
+    """w_k = 10^(-k/128), from 1 to about 0.1; DiT's go up to 1000.  -> (128,)"""
+    # unspecified [time embedding]: the release's, which comes from DDT
     return 10 ** (-torch.arange(128, device=device, dtype=dtype) / 128)
 
 
 def rope_angles(rows, columns, d, device=None):
-    """Rotary angles of a grid of tokens: d/4 of them by row, d/4 by column.  -> (N, d/2)"""
-    # paper silent [positions]: the release's, rows and columns from 0 to 16 at every image size
+    """Rotary angles of a grid of tokens: d/4 from the row, d/4 from the column.  -> (N, d/2)"""
+    # unspecified [positions]: the release's; rows and columns run from 0 to 16 at every image size
     frequencies = 10000 ** (-torch.arange(d // 4, device=device) / (d // 4))
     row, column = torch.meshgrid(torch.linspace(0, 16, rows, device=device),
                                  torch.linspace(0, 16, columns, device=device), indexing="ij")
@@ -136,11 +135,11 @@ def rotate(x, rope):
 
 
 # -------------------------------------------------------------------------------------------------
-# The transformer block: that of DDT, as in Sec. 4.1 [55], whose two-part network is not used
+# The transformer block of DDT (Sec. 4.1).  DDT's split into encoder and decoder is not used.
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens; queries and keys normalised, then rotated by position."""
+    """Self-attention over tokens.  Queries and keys are normalised, then rotated by position."""
 
     def __init__(self, D, num_heads):
         super().__init__()
@@ -160,7 +159,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP of hidden size 8D/3, with as many parameters as a plain MLP of 4D."""
+    """Gated MLP of hidden width 8D/3: as many parameters as a plain MLP of width 4D."""
 
     def __init__(self, D):
         super().__init__()
@@ -180,7 +179,7 @@ def modulate(s, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each shifted, scaled and gated by the condition (adaLN)."""
+    """Attention, then SwiGLU.  The condition shifts, scales and gates each of them (adaLN)."""
 
     def __init__(self, D, num_heads, condition_dim):
         super().__init__()
@@ -191,7 +190,7 @@ class Block(nn.Module):
         self.adaLN = nn.Linear(condition_dim, 6 * D)
 
     def forward(self, s, c, rope):
-        """s (B, N, D), c (B, condition_dim), already passed through SiLU -> (B, N, D)"""
+        """s (B, N, D), c (B, condition_dim) after its SiLU -> (B, N, D)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)    # (B, D)
         s = s + gate1[:, None] * self.attention(modulate(self.norm1(s), shift1, scale1), rope)
         s = s + gate2[:, None] * self.mlp(modulate(self.norm2(s), shift2, scale2))
@@ -199,31 +198,38 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Patch Detailer Heads (Sec. 3.4, Table 2).  Each maps noisy pixels and their context to what is
-# predicted for every pixel:
+# Patch Detailer Heads (Sec. 3.4, Table 2).  A head predicts every pixel from the noisy pixels and
+# their context:
 #
 #     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)        s = SiLU(token + time)
 #
-# Patch input: M = B N patches of P x P pixels, each with one token (h' = w' = 1) and independent of
-# the others.  Image input: M = B images with their whole map of tokens.  A new head is a class like
-# these and a line in HEADS.  WIDTH and DEPTH are what head_width=0 and head_depth=0 stand for.
-
-
-LAST_LAYERS = "head.out", "output.linear"    # of modules that in_float32 runs: they end in this
+# Patch input: M = B N patches of P x P pixels, each with its own token (h' = w' = 1).  Image input:
+# M = B images, each with its map of tokens.  To add a head, write a class like these, which also
+# initialises itself, and enter it in HEADS.  WIDTH and DEPTH apply where the config says 0.
 
 
 def in_float32(layer, x):
-    """Run a last layer in float32 even under autocast: prediction="x" divides its output by t, and
-    would magnify the rounding of bfloat16."""
+    """Run a last layer in float32, even under autocast.  With prediction="x" its output is divided
+    by t, which would magnify the rounding of bfloat16."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.float())
 
 
-class UNetHead(nn.Module):
-    """Convolutional U-Net (Fig. 6, Table 4): a patch of 16 goes down to 1 x 1, meets its token, and
-    comes up again.  With other patches, depths or inputs the bottleneck may be wider than that."""
+def he_normal_(head):
+    """Every weight He normal, every bias 0."""
+    # unspecified [head initialisation]: measured on our small models, see experiments/
+    for parameter in head.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.zeros_(parameter)
 
-    WIDTH, DEPTH = 64, 4                     # Table 4: base channels, down/up-sampling stages
+
+class UNetHead(nn.Module):
+    """Convolutional U-Net (Fig. 6, Table 4).  A patch of 16 x 16 shrinks to 1 x 1, where it meets
+    its token, and grows back.  Other patch sizes, depths or inputs may end wider than 1 x 1."""
+
+    WIDTH, DEPTH = 64, 4                     # Table 4: channels of the first stage, stages
 
     def __init__(self, config):
         super().__init__()
@@ -231,20 +237,23 @@ class UNetHead(nn.Module):
         down = [C * 2**i for i in range(config.head_depth or self.DEPTH)]
         up = down[::-1]
         inputs, outputs = [3, *down[:-1]], [*up[1:], C]
-        self.down = nn.ModuleList(           # 3 -> 64 -> 128 -> 256 -> 512, pooled after each
+        self.down = nn.ModuleList(           # 3 -> 64 -> 128 -> 256 -> 512, each then pooled
             nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, down))
-        self.pool = nn.MaxPool2d(2)          # paper silent [pooling]: the release has max
-        # paper silent [bottleneck]: the release's; Sec. 4.1 says kernel 3
+        self.pool = nn.MaxPool2d(2)          # unspecified [pooling]: the release's
+        # differs [bottleneck]: 1 x 1 as in the release; Sec. 4.1 says kernel 3
         self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)           # 512 + D -> 512
         self.up = nn.ModuleList(             # 512 -> 512, 256 -> 256, 128 -> 128, 64 -> 64
             nn.ConvTranspose2d(c, c, 2, stride=2) for c in up)
         self.merge = nn.ModuleList(          # with the skips: 2 x 512 -> 256, 2 x 256 -> 128, ...
             nn.Conv2d(2 * c, o, 3, padding=1) for c, o in zip(up, outputs))
         self.out = nn.Conv2d(C, 3, 1)
+        he_normal_(self)
+        for layer in self.up:                # start as nearest-neighbour upsampling
+            layer.weight.data.copy_(torch.eye(len(layer.weight))[:, :, None, None])
 
     def forward(self, x, s):
-        """x (M, 3, h, w), s (M, D, h', w') -> (M, 3, h, w);  shapes beside: Table 4, h = w = 16"""
-        x = x.contiguous(memory_format=torch.channels_last)  # faster on many small maps
+        """x (M, 3, h, w), s (M, D, h', w') -> (M, 3, h, w);  shapes below: Table 4, h = w = 16"""
+        x = x.contiguous(memory_format=torch.channels_last)  # sampling on a CPU is 10 % faster
         skips = []
         for conv in self.down:
             x = F.silu(conv(x))
@@ -259,10 +268,9 @@ class UNetHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Standard MLP on the token and the flattened patch, which does not know which pixels are
-    neighbours."""
+    """MLP on the token and the flattened patch.  It does not know which pixels are neighbours."""
 
-    WIDTH, DEPTH = 1280, 2                   # paper silent [MLP head]: they give Table 2's 630 M
+    WIDTH, DEPTH = 1280, 2                   # unspecified [MLP head]: they give Table 2's 630 M
 
     def __init__(self, config):
         super().__init__()
@@ -271,6 +279,7 @@ class MLPHead(nn.Module):
         widths = [config.hidden_size + pixels, *hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, hidden))
         self.out = nn.Linear(hidden[-1], pixels)
+        he_normal_(self)
 
     def forward(self, x, s):
         """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
@@ -288,8 +297,8 @@ def cosine_basis(P, device=None):
 
 
 class CoordinateHead(nn.Module):
-    """Coordinate-based MLP, after PixNerd (arXiv 2507.23268): a hypernetwork.  The token generates
-    the weights of a small residual MLP, which every pixel runs on its own colour and position."""
+    """Coordinate MLP, after PixNerd (arXiv 2507.23268): a hypernetwork.  The token generates the
+    weights of a small residual MLP, which runs on each pixel's colour and position."""
 
     WIDTH, DEPTH = 64, 4                     # PixNerd's width; four blocks give Table 2's 700 M
 
@@ -298,7 +307,7 @@ class CoordinateHead(nn.Module):
         C, depth = config.head_width or self.WIDTH, config.head_depth or self.DEPTH
         self.embed = nn.Linear(3 + 64, C)
         self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-6) for _ in range(depth))
-        # paper silent [coordinate head]: PixNerd's cosines for coordinates, no bias
+        # unspecified [coordinate head]: PixNerd's cosines as coordinates, no generated biases
         self.generators = nn.ModuleList(nn.Linear(config.hidden_size, 4 * C * C, bias=False)
                                         for _ in range(depth))
         self.norm = nn.RMSNorm(C, eps=1e-6)
@@ -319,10 +328,10 @@ class CoordinateHead(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Intra-patch attention: the backbone's block again, with the pixels of one patch as tokens and
-    the patch's own token as condition."""
+    """Attention inside a patch: the backbone's block, with the patch's pixels as tokens and its
+    token as condition."""
 
-    WIDTH, DEPTH = 64, 10                    # paper silent [attention head]: Table 2's 630 M
+    WIDTH, DEPTH = 64, 10                    # unspecified [attention head]: Table 2's 630 M
     HEAD_DIM = 16                            # d
 
     def __init__(self, config):
@@ -347,13 +356,13 @@ class AttentionHead(nn.Module):
 HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attention": AttentionHead}
 
 # -------------------------------------------------------------------------------------------------
-# From tokens to pixels: with a head, or as the plain DiT does.  The two can replace each other, so
-# both are given what either needs: noisy image, tokens, time embedding, condition.
+# From tokens to pixels, with a head or with DiT's own last layer.  Either can take the other's
+# place, so both receive the noisy image, the tokens, the time embedding and the condition.
 
 
 class PatchDetailerHead(nn.Module):
-    """One of HEADS and its inputs: tokens with the time added, noisy pixels patch by patch, or of
-    the whole image (Fig. 11)."""
+    """Gives one of HEADS its inputs: tokens with the time added, and the noisy pixels patch by
+    patch, or of the whole image (Fig. 11)."""
 
     def __init__(self, config):
         super().__init__()
@@ -364,7 +373,7 @@ class PatchDetailerHead(nn.Module):
     def forward(self, x_t, s, time, c):
         """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W)"""
         H, W = x_t.shape[-2:]
-        s = F.silu(s + time[:, None])    # paper silent [context]: the release's, without the label
+        s = F.silu(s + time[:, None])        # unspecified [context]: the release's, without label
         if self.head_input == "image":
             return self.head(x_t, s.transpose(1, 2).unflatten(2, (H // self.P, W // self.P)))
         patches = patchify(x_t, self.P)                                      # (B, N, 3, P, P)
@@ -373,7 +382,7 @@ class PatchDetailerHead(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """DiT's own last layer: each token is mapped linearly to the 3PP pixel values of its patch."""
+    """DiT's last layer: a linear map from each token to the 3PP pixel values of its patch."""
 
     def __init__(self, config):
         super().__init__()
@@ -384,7 +393,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(D, 3 * self.P**2)
 
     def forward(self, x_t, s, time, c):
-        """x_t (B, 3, H, W), for its size only, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
+        """x_t (B, 3, H, W), only for its size, s (B, N, D), c (B, D) -> (B, 3, H, W)"""
         shift, scale = self.adaLN(c).chunk(2, dim=-1)
         pixels = in_float32(self.linear, modulate(self.norm(s), shift, scale))   # (B, N, 3PP)
         return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
@@ -414,18 +423,18 @@ class DiP(nn.Module):
         self.output = PatchDetailerHead(config) if ends_in_head else FinalLayer(config)
         self.inject_after = None
         if config.placement != "post-hoc":
-            self.inject_after = config.depth // 2            # paper silent [placement]
+            self.inject_after = config.depth // 2            # unspecified [placement]
             self.inject_detail = PatchDetailerHead(config)
             self.inject_embed = nn.Linear(3 * P * P, D)      # "projected back" (Sec. 3.4)
         self.repa_after = min(REPA_BLOCK, config.depth)
         if config.repa_dim:
-            self.repa_projector = nn.Sequential(             # paper silent [REPA]: the release's
+            self.repa_projector = nn.Sequential(             # unspecified [REPA]: the release's
                 nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(),
                 nn.Linear(D, config.repa_dim))
         self.initialize_weights()
 
     def initialize_weights(self):
-        """All initialisation beyond PyTorch's default.
+        """Initialise the backbone; each head has initialised itself.
 
         | tensor                                  | initialisation                                |
         |-----------------------------------------|-----------------------------------------------|
@@ -433,23 +442,13 @@ class DiP(nn.Module):
         | label table, both weights of time's MLP | normal, deviation 0.02 (release)              |
         | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
         | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
-        | inject_embed, from detail to tokens     | 0: a fresh injection adds nothing             |
+        | inject_embed, from detail to tokens     | 0: at first, an injection adds nothing        |
         | everything else, adaLN too, unlike DiT  | PyTorch's default, norms 1 (release)          |
         """
         nn.init.xavier_uniform_(self.embed.weight)
         nn.init.zeros_(self.embed.bias)
         for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, (UNetHead, MLPHead)):      # paper silent [head initialisation]
-                for parameter in module.parameters():
-                    if parameter.ndim > 1:
-                        nn.init.kaiming_normal_(parameter, nonlinearity="relu")
-                    else:
-                        nn.init.zeros_(parameter)
-            if isinstance(module, nn.ConvTranspose2d):
-                with torch.no_grad():
-                    module.weight.copy_(torch.eye(len(module.weight))[:, :, None, None])
         if self.inject_after is not None:
             nn.init.zeros_(self.inject_embed.weight)
             nn.init.zeros_(self.inject_embed.bias)
@@ -457,7 +456,7 @@ class DiP(nn.Module):
     def forward(self, x_t, t, y, align=False):
         """Velocity of every pixel (Eq. 5).  x_t (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
 
-        With align=True also what REPA compares: (v, projected tokens (B, repa_dim, H/P, W/P)).
+        align=True returns (velocity, tokens (B, repa_dim, H/P, W/P)): the second is for REPA.
         """
         P, D, num_heads = self.config.patch_size, self.config.hidden_size, self.config.num_heads
         patches = patchify(x_t, P)                               # (B, N, 3, P, P)
@@ -474,9 +473,11 @@ class DiP(nn.Module):
             if i == self.inject_after:
                 detail = self.inject_detail(x_t, s, time, c)     # (B, 3, H, W)
                 s = s + self.inject_embed(patchify(detail, P).flatten(2))
-        v = self.output(x_t, s, time, c)                         # (B, 3, H, W) patch by patch
-        if self.config.prediction == "x":    # the output is a clean image, and x_t - x_0 = t v
-            v = (x_t - v) / t.clamp(min=MIN_TIME)[:, None, None, None]
+        predicted = self.output(x_t, s, time, c)                 # (B, 3, H, W) patch by patch
+        if self.config.prediction == "v":
+            v = predicted
+        else:                                                    # a clean image: x_t - x_0 = t v
+            v = (x_t - predicted) / t.clamp(min=MIN_TIME)[:, None, None, None]
         return (v, tokens) if align else v
 
 
@@ -491,24 +492,24 @@ def interpolate(x_0, noise, t):
 
 
 def logit_normal_time(z, mean=0.0, std=1.0):
-    """t in (0, 1) whose logit is normal, from z ~ N(0, 1).  (B,) -> (B,)"""
-    return torch.sigmoid(mean + std * z)     # paper silent [distribution of t]: the release's
+    """Turn z ~ N(0, 1) into t in (0, 1) whose logit is N(mean, std^2).  (B,) -> (B,)"""
+    return torch.sigmoid(mean + std * z)     # unspecified [distribution of t]: the release's
 
 
 def drop_labels(y, u, num_classes, rate=0.1):
-    """Replace a fraction of the labels by the null class, so that the network also learns the
-    velocity without a label, for guidance.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
-    return torch.where(u < rate, num_classes, y)     # paper silent [label dropout]: the release's
+    """Replace a fraction `rate` of the labels by the null class, so that the network also learns
+    the velocity without a label, for guidance.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
+    return torch.where(u < rate, num_classes, y)     # unspecified [label dropout]: the release's
 
 
 def flow_matching_loss(model, x_0, y, t, noise, features=None):
-    """Eq. (5), image by image, and the alignment loss of REPA: (flow, repa), each (B,).
+    """Eq. (5) and REPA's alignment loss, one value an image: (flow, repa), each (B,).
 
         flow = mean over pixels and channels of (v_theta(x_t, t, y) - (eps - x_0))^2
         repa = mean over patches of 1 - cos(projected token, feature),  0 without features
 
-    x_0, noise (B, 3, H, W), y (B,), t (B,), features (B, repa_dim, h, w): the patch features of a
-    frozen encoder, resampled here to the model's grid.  To be summed as flow + REPA_WEIGHT * repa.
+    x_0, noise (B, 3, H, W), y (B,), t (B,).  features (B, repa_dim, h, w): patch features of a
+    frozen encoder, resampled here to the model's grid.  Train on flow + REPA_WEIGHT * repa.
     """
     x_t, target = interpolate(x_0, noise, t), noise - x_0            # (B, 3, H, W) each
     if features is None:
@@ -536,14 +537,14 @@ RELEASE_NAMES = {                                # theirs: ours, applied in this
 
 
 def from_release(weights):
-    """The authors' state dict -> (DiPConfig, state dict of DiP), giving the same velocity.
+    """Convert the authors' state dict to (DiPConfig, state dict of DiP) with the same velocity.
 
     1. Their names differ: RELEASE_NAMES.
-    2. Their time is t' = 1 - t.  With cos w(1-t) = cos w cos wt + sin w sin wt and
+    2. Their time is t' = 1 - t.  Since cos w(1-t) = cos w cos wt + sin w sin wt and
        sin w(1-t) = sin w cos wt - cos w sin wt, the first layer of the time MLP absorbs this.
     3. Their velocity points from noise to data: the last layer changes its sign.
-    4. Their rotary pairs are neighbours (2j, 2j + 1), alternating column, row; ours are
-       (i, i + d/2), rows first: the dimensions of queries and keys change their order.
+    4. They rotate neighbouring pairs (2j, 2j + 1), column and row in turn; we rotate the pairs
+       (i, i + d/2), rows first.  So the dimensions of queries and keys change their order.
     """
     ours = {}
     for name, weight in weights.items():
@@ -552,7 +553,7 @@ def from_release(weights):
         ours[name] = weight
     D, pixels = ours["embed.weight"].shape
     P, d = math.isqrt(pixels // 3), len(ours["blocks.0.attention.q_norm.weight"])
-    # the weights do not tell the image size: 16 x 16 patches, as in the paper
+    # the weights do not tell the image size: assume 16 x 16 patches, as in the paper
     config = DiPConfig(image_size=16 * P, patch_size=P, hidden_size=D, num_heads=D // d,
                        depth=len({name.split(".")[1] for name in ours if "blocks." in name}),
                        num_classes=len(ours["label.weight"]) - 1,
@@ -564,14 +565,16 @@ def from_release(weights):
     ours["time.mlp.0.weight"] = torch.cat(rotated, dim=1).float()
     for name in ("output.head.out.weight", "output.head.out.bias"):
         ours[name] = -ours[name]
-    # theirs: (column a, column b, row a, row b), four at a time; ours: row a, column a, row b,
-    # column b, d/4 of each, for the pairs (a, b) = (i, i + d/2)
+    # for d = 8, with (a, b) the two dimensions that are rotated together:
+    #     ours       row a   column a   row b   column b
+    #     theirs     2 6     0 4        3 7     1 5
     order = torch.arange(d).view(d // 4, 4)[:, [2, 0, 3, 1]].T.flatten()     # (d,)
-    for name in ours:
+    for name, weight in ours.items():
         if "q_norm" in name or "k_norm" in name:
-            ours[name] = ours[name].unflatten(0, (1, d))[0, order]           # refuses other lengths
+            assert len(weight) == d, f"{name} has {len(weight)} values, the first q_norm {d}"
+            ours[name] = weight[order]
         if "attention.qkv" in name:
-            q, k, v = ours[name].unflatten(0, (3, D // d, d))                # (heads, d, D) each
+            q, k, v = weight.unflatten(0, (3, D // d, d))                    # (heads, d, D) each
             ours[name] = torch.cat([q[:, order], k[:, order], v]).flatten(0, 1)
     return config, ours
 
@@ -581,13 +584,13 @@ def from_release(weights):
 
 
 def check_choice(field, value, choices):
-    """Refuse a value that is not among the choices."""
+    """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{field}={value!r} is not one of: {', '.join(map(str, choices))}")
 
 
 def check_multiple(field, value, divisor, divisor_name):
-    """Refuse a value that is not a positive multiple of the divisor; name the nearest."""
+    """Raise ValueError, with the nearest legal values, unless value = divisor, 2 divisor, ..."""
     if value % divisor or value < divisor:
         below = max(0, value // divisor * divisor)
         fits = ", ".join(str(n) for n in (below, below + divisor) if n > 0)
@@ -596,7 +599,7 @@ def check_multiple(field, value, divisor, divisor_name):
 
 
 def check(config):
-    """Refuse, in one line, a configuration that cannot be built or run."""
+    """Raise ValueError, in one line, if the configuration cannot be built or run."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         least = 0 if field.name in ("head_width", "head_depth", "repa_dim") else 1
@@ -626,7 +629,7 @@ def check(config):
 
 
 # -------------------------------------------------------------------------------------------------
-# Presets, and `python dip.py`, which prints what they cost
+# Presets.  The README lists their sizes and costs.
 
 XL = DiPConfig()
 PRESETS = {
@@ -641,51 +644,13 @@ PRESETS = {
     "DiP-XL/16-coordinate": XL.replace(head="coordinate"),
     "DiP-XL/16-attention": XL.replace(head="attention"),
     "DiP-XL/32": XL.replace(image_size=512, patch_size=32),
-    # Released too
+    # also released
     "DiP-L/16": XL.replace(hidden_size=1024, depth=22),
-    # Smaller budgets: sizes of ViT-B, -S and -Ti, with narrower Patch Detailer Heads
+    # smaller: the sizes of ViT-B, -S and -Ti, with narrower heads
     "DiP-B/16": XL.replace(hidden_size=768, depth=12, num_heads=12, head_width=32),
     "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
     "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),
-    # For a CPU
+    # for a CPU
     "DiP-Nano/16": XL.replace(image_size=48, hidden_size=192, depth=6, num_heads=6, num_classes=10,
                               head_width=8, prediction="x"),
 }
-PAPER_MILLIONS = {       # Tables 1, 2 and 3
-    "DiT-XL/16": 629, "DiT-XL-deep/16": 772, "DiT-XL-1280/16": 776, "DiT-XL-1536/16": 1100,
-    "DiP-XL/16": 631, "DiP-XL/16-mlp": 630, "DiP-XL/16-coordinate": 700, "DiP-XL/16-attention": 630,
-    "DiP-XL/32": 631,
-}
-
-
-def cost(config, build=DiP):
-    """(parameters, FLOPs of one image's forward pass) of build(config), on fake tensors: no memory.
-
-    FLOPs are those of matrix products and convolutions, a multiply-add counted as 2.
-    """
-    from torch._subclasses import FakeTensorMode
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # MATH: attention as plain matrix products, which are counted
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model = build(config)
-        image = torch.empty(1, 3, config.image_size, config.image_size)
-        with FlopCounterMode(display=False) as counter:
-            model(image, torch.empty(1), torch.empty(1, dtype=torch.long))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
-
-
-def main():
-    print(f"{'preset':<22}{'image':>6}{'tokens':>8}{'GFLOPs':>9}{'parameters':>13}{'paper':>9}")
-    for name, config in PRESETS.items():
-        parameters, flops = cost(config)
-        tokens = (config.image_size // config.patch_size) ** 2
-        paper = f"{PAPER_MILLIONS[name]} M" if name in PAPER_MILLIONS else "-"
-        print(f"{name:<22}{config.image_size:>6}{tokens:>8}{flops / 1e9:>9.1f}"
-              f"{parameters / 1e6:>11.1f} M{paper:>9}")
-    print("GFLOPs: forward pass of one image, a multiply-add counted as 2; paper: Tables 1 to 3")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,83 +2,93 @@
 Draw images with a trained DiP.
 
     python sample.py --class 1                              # newest run under runs/, or our weights
-    python sample.py --class "striped disc" 7 --num 8 --cfg 2.5 --seed 3
-    python sample.py --class 1 --trajectory                 # also how the noise becomes an image
+    python sample.py --class "striped disc" 7 --per-class 4 --cfg 2.5 --seed 3
+    python sample.py --class 1 --trajectory                 # also show how noise becomes an image
     python sample.py --ckpt FILE --class goldfish           # the authors' weights
-    python sample.py --num-samples 50000 --out samples.npz  # for fid.py: uint8 NHWC, label i mod K
+    python sample.py --num-samples 50000 --out samples.npz  # for fid.py; label of image i: i mod K
     torchrun --nproc_per_node=8 sample.py --num-samples 50000 --out samples.npz
 
-Samplers are plain functions of a velocity field: they know nothing of images, models or guidance.
-With the same settings image i depends on (seed, i, class), not on the number of GPUs.  The batch
-size changes rounding only: in bf16, on a GPU, by up to a few levels of a pixel.
+With the same settings, image i depends on (seed, i, class) alone, not on the number of GPUs.  The
+batch size only changes rounding: in bf16, on a GPU, a pixel may differ by a few levels of 255.
 """
 
+import argparse
 import difflib
+import errno
+import hashlib
 import json
 import math
+import multiprocessing
+import os
+import re
 import shutil
+import sys
+import traceback
+import warnings
 import zipfile
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from common import (OUR_WEIGHTS, at_least, autocast, compile_pieces, find_checkpoint, in_one_line,
-                    keep_in_bf16, load_model, option, parse_options, progress, random_stream,
-                    run_main, save_atomically, start_processes, write_weights)
-from dip import check_multiple
+from dip import Block, DiP, DiPConfig, PatchDetailerHead, check_choice, check_multiple, from_release
 
 # -------------------------------------------------------------------------------------------------
-# Samplers.  Each integrates dx/dt = velocity(x, t) from x at t = 1 down to t = 0; dt is negative.
+# Samplers integrate dx/dt = velocity(x, t) from x at t = 1 down to t = 0, so dt is negative.  They
+# are plain functions of a velocity field and know nothing of images, models or guidance.
 
 
-def time_grid(steps, shift=1.0):
-    """`steps + 1` times from 1 to 0; shift > 1 spends more of them near noise (SD3's shift)."""
-    even = (k / steps for k in range(steps, -1, -1))
-    return [shift * t / (shift * t + (1 - t)) for t in even]
+def time_steps(steps):
+    """(t, next t) of every step, from 1 down to 0."""
+    return pairwise(k / steps for k in range(steps, -1, -1))
 
 
-def euler(velocity, x, steps, shift=1.0):
+def euler(velocity, x, steps):
     """Order 1, one evaluation a step: the paper's sampler, with 100 steps (Table 4)."""
-    for t, t_next in pairwise(time_grid(steps, shift)):
+    for t, t_next in time_steps(steps):
         x = x + (t_next - t) * velocity(x, t)
     return x
 
 
-def heun(velocity, x, steps, shift=1.0):
-    """Order 2, two evaluations a step: the mean of the velocities at both ends."""
-    for t, t_next in pairwise(time_grid(steps, shift)):
-        dt = t_next - t
-        v = velocity(x, t)
-        v_next = velocity(x + dt * v, t_next)
-        x = x + dt * (v + v_next) / 2
-    return x
-
-
-def adams_bashforth(velocity, x, steps, shift=1.0):
-    """Order 2, one evaluation a step: extrapolates from the velocity of the previous step."""
-    v_prev = dt_prev = None
-    for t, t_next in pairwise(time_grid(steps, shift)):
+def heun(velocity, x, steps):
+    """Order 2, two evaluations a step: the mean of the velocities at both ends.  The last step is
+    one of Euler, as in EDM: training hardly ever visits t = 0."""
+    for t, t_next in time_steps(steps):
         v, dt = velocity(x, t), t_next - t
-        slope = v if v_prev is None else v + dt / (2 * dt_prev) * (v - v_prev)
-        x = x + dt * slope
-        v_prev, dt_prev = v, dt
+        if t_next > 0:
+            v = (v + velocity(x + dt * v, t_next)) / 2
+        x = x + dt * v
     return x
 
 
-def euler_maruyama(velocity, x, steps, shift=1.0, noise=None):
-    """The reverse SDE whose marginals are, without guidance, those of the ODE; g(t)^2 = w = t:
+def adams_bashforth(velocity, x, steps):
+    """Order 2, one evaluation a step: extrapolates from the velocity of the previous step."""
+    v_prev = None
+    for t, t_next in time_steps(steps):
+        v = velocity(x, t)
+        slope = v if v_prev is None else v + (v - v_prev) / 2
+        x = x + (t_next - t) * slope
+        v_prev = v
+    return x
+
+
+def euler_maruyama(velocity, x, steps, noise=None):
+    """The reverse SDE which, without guidance, has the marginals of the ODE; g(t)^2 = w = t:
 
         dx = [v - w/2 score] dt + sqrt(w) dW,    score = -eps_hat / t,    eps_hat = x + (1 - t) v
 
-    dt < 0, dW ~ N(0, |dt|).  Weak order 1, one evaluation a step; the last step, to t = 0, is one
-    of Euler.  `noise()` draws a standard normal like x.
+    dt < 0, dW ~ N(0, |dt|).  Weak order 1, one evaluation a step; the last step is one of Euler.
+    `noise()` draws a standard normal like x.
     """
     noise = noise or (lambda: torch.randn_like(x))
-    for t, t_next in pairwise(time_grid(steps, shift)):
+    for t, t_next in time_steps(steps):
         v, dt = velocity(x, t), t_next - t
         if t_next > 0:
             eps_hat = x + (1 - t) * v
@@ -92,7 +102,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "ab2": adams_bashforth, "sde": euler_m
 
 
 def guided(model, y, scale=1.0, interval=(0.0, 1.0)):
-    """The field velocity(x, t) of a model under classifier-free guidance, v_0 + scale (v_y - v_0).
+    """The velocity field of a model under classifier-free guidance: v_0 + scale (v_y - v_0).
 
     Guidance acts for t inside the interval only (Kynkaanniemi et al., arXiv 2404.07724).  Outside
     it, or with scale 1, a step costs one evaluation; inside, one evaluation of a doubled batch.
@@ -116,38 +126,52 @@ def guided(model, y, scale=1.0, interval=(0.0, 1.0)):
 
 @torch.no_grad()
 def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", steps=100,
-             cfg=1.0, interval=(0.0, 1.0), shift=1.0, watch=None):
-    """Images for `labels`; image k is drawn from the randomness of (seed, indices[k]) alone.
+             cfg=1.0, interval=(0.0, 1.0), watch=None):
+    """Images of `labels`; image k depends on (seed, indices[k], labels[k]) alone.
 
-    labels: B ints; indices: B ints [0, 1, ...] -> float (B, 3, H, W) on the model's device.
-    `watch(t, x_t, v)`, if given, is called at every evaluation of the velocity.
+    labels: B ints; indices: B ints [0, 1, ...]; size: (H, W), or one int [as trained] -> float
+    (B, 3, H, W) on the model's device.  `watch(t, x_t, v)` is called at every evaluation of the
+    velocity: to move a progress bar, for example.  Raises ValueError for settings that make no
+    sense, FloatingPointError where the images diverge.
     """
-    K = model.config.num_classes
-    indices = range(len(labels)) if indices is None else indices
-    if not all(isinstance(label, (int, np.integer)) and 0 <= label <= K for label in labels):
-        raise ValueError(f"labels={list(labels)!r} must be whole numbers from 0 to {K}, the null "
-                         f"class; find_class() turns a name into one")
-    device = next(model.parameters()).device
-    H, W = size or (model.config.image_size, model.config.image_size)
+    K, device = model.config.num_classes, next(model.parameters()).device
+    y = torch.as_tensor(labels, device=device)
+    if y.ndim != 1 or y.is_floating_point() or not ((0 <= y) & (y <= K)).all():
+        raise ValueError(f"labels={labels!r} must be whole numbers from 0 to {K}, the null class; "
+                         f"find_class() turns a name into one")
+    check_choice("sampler", sampler, SAMPLERS)
+    if not steps >= 1 or not math.isfinite(cfg):
+        raise ValueError(f"steps={steps} must be at least 1, and cfg={cfg} finite")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"interval={interval} must be (low, high) with 0 <= low <= high <= 1")
+    size = size or model.config.image_size
+    H, W = (size, size) if isinstance(size, int) else size
+    indices = range(len(y)) if indices is None else indices
     streams = [random_stream(seed, "sample", int(i)) for i in indices]
 
     def noise():
-        drawn = torch.empty(len(streams), 3, H, W)
+        drawn = torch.empty(len(streams), 3, H, W)           # on the CPU: the same for any device
         for row, stream in zip(drawn, streams):
             row.normal_(generator=stream)
         return drawn.to(device)
 
-    field = guided(model, torch.tensor(labels, device=device), cfg, interval)
+    def checked(x, t):                       # x_t of a working model stays below 10
+        if not (x.abs() < 1e4).all():
+            raise FloatingPointError(f"the images diverged by t = {t:.4g}, step "
+                                     f"{round((1 - t) * steps)} of {steps}; try a cfg below {cfg}")
+        return x
+
+    field = guided(model, y.long(), cfg, interval)
 
     def velocity(x, t):
         with autocast(device):
-            v = field(x, t)
+            v = field(checked(x, t), t)
         if watch:
             watch(t, x, v)
         return v
 
     extra = {"noise": noise} if sampler == "sde" else {}
-    return SAMPLERS[sampler](velocity, noise(), steps, shift, **extra)
+    return checked(SAMPLERS[sampler](velocity, noise(), steps, **extra), 0.0)
 
 
 def to_uint8(x):
@@ -159,70 +183,57 @@ def to_uint8(x):
 # Pictures: a grid, a trajectory
 
 
-def draw_grid(rows, labels, headers=None, cell=96):
-    """A picture of rows of images, a label before each row and, if given, a header on each column.
+def draw_grid(images, names, headers=None, cell=96):
+    """A picture with a row of images for each name, at most ten a row, and a header on each column.
 
-    rows: list of uint8 arrays (columns, H, W, 3).  Small images are enlarged by the whole factor
-    that brings them nearest to `cell` pixels, without smoothing.
+    images: uint8 (len(names) * n, H, W, 3), n for each name in turn.  Small images are enlarged by
+    the whole factor that brings them nearest to `cell` pixels, without smoothing.
     """
-    H, W = rows[0].shape[1:3]
-    gap = 4
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 14)
+    H, W = images.shape[1:3]
     zoom = max(1, round(cell / max(H, W)))
-    font = ImageFont.load_default(size=15)
-    left = 3 * gap + max(round(font.getlength(label)) for label in labels)
-    top = 24 if headers else gap
-    columns = max(len(row) for row in rows)
-    size = (left + columns * (W * zoom + gap), top + len(rows) * (H * zoom + gap))
-    sheet = Image.new("RGB", size, "white")
+    dx, dy, n = W * zoom + 4, H * zoom + 4, len(images) // len(names)
+    columns, lines = min(n, 10), math.ceil(n / 10)           # rows of images for each name
+    fits = [int(len(name) * columns * dx / (font.getlength(name) or 1)) for name in names]
+    names = [name if len(name) <= fit else name[:fit - 1] + "…"      # no wider than the images
+             for name, fit in zip(names, fits)]
+    left, top = 12 + math.ceil(max(map(font.getlength, names))), 24 if headers else 4
+    sheet = Image.new("RGB", (left + columns * dx, top + len(names) * lines * dy), "white")
     pen = ImageDraw.Draw(sheet)
     for j, header in enumerate(headers or []):
-        middle = left + j * (W * zoom + gap) + W * zoom // 2
-        pen.text((middle, top // 2), header, "black", font, "mm")
-    for i, (row, label) in enumerate(zip(rows, labels)):
-        y = top + i * (H * zoom + gap)
-        pen.text((left - 2 * gap, y + H * zoom // 2), label, "black", font, "rm")
-        for j, image in enumerate(row):
-            picture = Image.fromarray(image).resize((W * zoom, H * zoom), Image.NEAREST)
-            sheet.paste(picture, (left + j * (W * zoom + gap), y))
+        pen.text((left + j * dx + W * zoom // 2, 12), header, "black", font, "mm")
+    for k, image in enumerate(images):
+        x, y = left + k % n % 10 * dx, top + (k // n * lines + k % n // 10) * dy
+        sheet.paste(Image.fromarray(image).resize((W * zoom, H * zoom), Image.NEAREST), (x, y))
+        if k % n == 0:
+            pen.text((left - 8, y + H * zoom // 2), names[k // n], "black", font, "rm")
     return sheet
 
 
-def lay_out(images, names):
-    """(rows, labels) for draw_grid: as many images of every name, at most ten a row."""
-    rows, labels = [], []
-    for name, group in zip(names, np.split(images, len(names))):
-        for j in range(0, len(group), 10):
-            rows.append(group[j:j + 10])
-            labels.append(name if j == 0 else "")
-    return rows, labels
-
-
 def sample_grid(model, names, options):
-    """Rows of images, class after class; image j of every class starts from the same noise."""
-    classes, num, seen = options.class_, options.num or 8, {}
-    names = [names[c] for c in classes]
-    labels = [c for c in classes for _ in range(num)]
-    indices = [j for _ in classes for j in range(num)]
+    """Draw --per-class images of every class into one picture."""
+    n, seen, images = options.per_class, {}, []
+    labels, names = np.repeat(options.classes, n), [names[c] for c in options.classes]
+    starts = range(0, len(labels), options.batch)
 
     def watch(t, x, v):                      # Heun visits most times twice: the last visit stays
-        seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x)
+        bar.update()
+        if options.trajectory and not images:                # of the first batch
+            seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x)
 
-    images = []
-    for start in progress(range(0, len(labels), options.batch), "sampling", unit="batch"):
-        part = slice(start, start + options.batch)
-        watched = watch if options.trajectory and start == 0 else None
-        x = generate(model, labels[part], indices[part], **options.settings(), watch=watched)
-        images.append(to_uint8(x))
-    images = np.concatenate(images)
-    out = Path(options.out) if options.out else free_name("samples.png")
-    sheet = draw_grid(*lay_out(images, names))
-    save_atomically(out, lambda path: sheet.save(path, "PNG"))
+    with tqdm(total=len(starts) * options.evaluations, desc="sampling") as bar:
+        for start in starts:
+            part = np.arange(start, min(start + options.batch, len(labels)))
+            images.extend(to_uint8(generate(model, labels[part], part, **options.settings,
+                                            watch=watch)))
+    images, out = np.stack(images), options.out
+    save_picture(out, [draw_grid(images, names)])
     print(f"wrote {out}: {len(images)} images, {', '.join(names)}")
     if options.trajectory:
-        draw_trajectory(seen, images, num, names, out)
+        draw_trajectory(seen, images, n, names, out)
 
 
-def draw_trajectory(seen, images, num, names, out):
+def draw_trajectory(seen, images, n, names, out):
     """Beside the grid: a strip of what the model predicts for the first image, x_t - t v, as t
     falls; and a GIF in which the noise of the first batch turns into its images.
 
@@ -231,229 +242,492 @@ def draw_trajectory(seen, images, num, names, out):
     times, last = list(seen), len(seen) - 1
     # quadratic spacing: most changes near t = 1
     chosen = [times[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
-    strip = np.concatenate([seen[t][0] for t in chosen])
-    sheet = draw_grid([strip], names[:1], [f"t={t:.2f}" for t in chosen])
-    path = out.with_name(out.stem + "-trajectory.png")
-    save_atomically(path, lambda partial: sheet.save(partial, "PNG"))
+    path = out.with_stem(out.stem + "-trajectory")
+    save_picture(path, [draw_grid(np.concatenate([seen[t][0] for t in chosen]), names[:1],
+                                  [f"t={t:.2f}" for t in chosen])])
     print(f"wrote {path}: the predicted clean image of the first sample, from noise to data")
 
     noisy = [x for _, x in seen.values()]
-    whole = max(1, len(noisy[0]) // num)                     # classes that are in the first batch
+    whole = max(1, len(noisy[0]) // n)                       # classes that are in the first batch
     stages = noisy[::max(1, len(noisy) // 32)] + [images[:len(noisy[0])]]
-    frames = [draw_grid(*lay_out(stage[:whole * num], names[:whole])) for stage in stages]
-    path = path.with_suffix(".gif")
-    save_atomically(path, lambda partial: frames[0].save(
-        partial, "GIF", save_all=True, append_images=frames[1:], loop=0,
-        duration=[100] * (len(frames) - 1) + [2500]))        # milliseconds
-    print(f"wrote {path}: x_t of the first images as t falls, {len(frames)} frames")
+    save_picture(path.with_suffix(".gif"),
+                 [draw_grid(stage[:whole * n], names[:whole]) for stage in stages])
+    print(f"wrote {path.with_suffix('.gif')}: x_t of the first images as t falls")
+
+
+def save_picture(path, frames):
+    """One frame as PNG; several as GIF, 0.1 s each and the last 2.5 s.  Replaces pictures only."""
+    if path.exists() and path.read_bytes()[:4] not in (b"\x89PNG", b"GIF8"):
+        raise ValueError(f"{path} is no PNG or GIF; delete it, or choose another --out")
+    kind, animation = ("PNG", {}) if len(frames) == 1 else ("GIF", dict(
+        save_all=True, append_images=frames[1:], loop=0,
+        duration=[100] * (len(frames) - 1) + [2500]))
+    save_atomically(path, lambda partial: frames[0].save(partial, kind, **animation))
 
 
 # -------------------------------------------------------------------------------------------------
 # Export: an .npz for fid.py
 
 
-def export(model, options, processes):
-    """`--num-samples` images with label i mod K as uint8 NHWC `arr_0`, labels `arr_1`.
+def export(model, options):
+    """Write --num-samples images with label i mod K: uint8 NHWC `arr_0`, labels `arr_1`.
 
-    The work is cut into batches of fixed composition, dealt to the ranks in turn, each saved when
-    done: the same command continues where it was stopped, with any number of ranks.
+    The ranks take batches of fixed composition in turn, write them into one array on the disk, and
+    then note that they are done.  So the same command continues, with any number of ranks.
     """
-    N, K, out = options.num_samples, model.config.num_classes, Path(options.out or "samples.npz")
-    if out.suffix != ".npz":
-        raise ValueError(f"--out {out} must end in .npz with --num-samples")
-    if out.exists():
-        raise ValueError(f"--out {out} is there already; delete it, or choose another name")
-    parts = out.with_name(out.name + ".parts")
-    check_recipe(parts, options, processes)
+    N, K, out = options.num_samples, model.config.num_classes, options.out
     H, W = options.size or [model.config.image_size] * 2
-    batches = {parts / f"{i:08d}.npy": range(i, min(i + options.batch, N))
-               for i in range(0, N, options.batch)}
-    todo = processes.on_first(lambda: [file for file in batches if not file.exists()])
-    if processes.rank == 0 and len(todo) < len(batches):
-        print(f"continuing: {len(batches) - len(todo)} of {len(batches)} batches are already drawn")
-    mine = todo[processes.rank::processes.world]
-    for file in progress(mine, "exporting", unit="batch", disable=processes.rank > 0):
-        indices = batches[file]
-        images = to_uint8(generate(model, [i % K for i in indices], indices, **options.settings()))
-        save_atomically(file, lambda path: save_array(path, images))
-    processes.barrier()
-    if processes.rank == 0:
-        save_atomically(out, lambda path: write_npz(path, batches, (N, H, W, 3), np.arange(N) % K))
-        shutil.rmtree(parts)
-        print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
+    parts, starts = out.with_name(out.name + ".parts"), range(0, N, options.batch)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with locked(parts) if rank == 0 else nullcontext():
+        on_rank_0(begin_export, parts, options, (N, H, W, 3), len(starts))
+        images = np.load(parts / "images.npy", mmap_mode="r+")           # (N, H, W, 3)
+        done = np.load(parts / "done.npy", mmap_mode="r+")               # of each batch: 0 or 1
+        todo = on_rank_0(np.flatnonzero, done == 0)[rank::world]
+        with tqdm(total=len(todo) * options.evaluations, desc="exporting", disable=rank > 0) as bar:
+            for b in todo:
+                part = np.arange(starts[b], min(starts[b] + options.batch, N))
+                images[part] = to_uint8(generate(model, part % K, part, **options.settings,
+                                                 watch=lambda *_: bar.update()))
+                images.flush()               # the images are on the disk before the note is
+                done[b] = True
+                done.flush()
+        dist.barrier()
+        if rank == 0:
+            def write(partial):
+                with partial.open("wb") as file:
+                    np.savez(file, arr_0=images, arr_1=np.arange(N) % K)
+
+            save_atomically(out, write)
+            shutil.rmtree(parts)
+            print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
 
 
-def save_array(path, images):
-    with path.open("wb") as file:            # np.save would add .npy to the name of a path
-        np.save(file, images)
-
-
-def check_recipe(parts, options, processes):
-    """Store beside the parts what they are made with; refuse to go on with other settings."""
-    recipe = json.dumps({
-        **options.settings(), "num_samples": options.num_samples, "batch": options.batch,
-        "ema": options.ema, "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime,
-        "device": processes.device.type})
-    path = parts / "recipe.json"
-    if processes.rank == 0 and not path.exists():
-        shutil.rmtree(parts, ignore_errors=True)
-        save_atomically(path, lambda partial: partial.write_text(recipe))
-    processes.barrier()
-    if path.read_text(errors="replace") != recipe:
-        raise ValueError(f"{parts} holds an unfinished export with other settings; "
-                         f"delete it, or choose another --out")
-
-
-def write_npz(path, batches, shape, labels):
-    """An .npz, which is a zip of .npy: arr_0 joined from the parts, one in memory at a time."""
-    with zipfile.ZipFile(path, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)
-            for file, indices in batches.items():
-                with in_one_line(f"{file} is damaged; delete it, and the same command draws it"):
-                    images = np.load(file, allow_pickle=False)
-                    if images.dtype != np.uint8 or images.shape != (len(indices), *shape[1:]):
-                        raise ValueError(f"{images.dtype} {images.shape}")
-                member.write(images.tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels)
+def begin_export(parts, options, shape, batches):
+    """Make the files of an export, or check that those in `parts` belong to this one."""
+    settings = json.dumps({**options.settings, "shape": shape, "batch": options.batch,
+                           "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime,
+                           "ema": options.ema, "device": options.device})
+    file = parts / "settings.json"
+    if not file.exists():
+        for name, size in (("images.npy", shape), ("done.npy", (batches,))):
+            np.lib.format.open_memmap(parts / name, "w+", np.uint8, shape=size)    # zeros
+        save_atomically(file, lambda partial: partial.write_text(settings))
+    elif file.read_text(errors="replace") != settings:
+        raise ValueError(f"{parts} holds an unfinished export with other settings; delete it, or "
+                         f"choose another --out")
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
 
 
-@dataclass
-class SampleOptions:
-    ckpt: str | None = option(None, "weights: a file, or the folder of a run [newest under runs/]",
-                              group="model", metavar="PATH")
-    ema: bool = option(True, "the averaged weights [--ema], or the last ones")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-
-    class_: tuple = option((), "classes by index or name [all, ten at most]",
-                           group="what to draw", nargs="+", metavar="CLASS")
-    num: int | None = option(None, "images per class [8]")
-    size: tuple = option((), "another height and width in pixels [as trained]",
-                         nargs=2, type=int, metavar=("H", "W"))
-    seed: int = option(0, "image i depends on (seed, i, class), not on the GPUs")
-    out: str | None = option(None, "file to write [samples.png; samples.npz with --num-samples]",
-                             metavar="FILE")
-    trajectory: bool = option(False, "also a strip and a GIF of how noise becomes an image")
-
-    sampler: str = option("euler", "integrator", group="how to draw", choices=tuple(SAMPLERS))
-    steps: int = option(100, "steps from t = 1 to t = 0")
-    cfg: float = option(2.9, "guidance scale of Appendix C; 1 = off")
-    interval: tuple = option((0.03, 0.89), "guidance acts for t in it; paper: 1 - t in 0.11 0.97",
-                             nargs=2, type=float, metavar=("LOW", "HIGH"))
-    time_shift: float = option(1.0, "> 1 spends more steps near noise")
-    batch: int = option(32, "images at a time, per process")
-    compile: bool = option(False, "torch.compile, block by block")
-
-    num_samples: int = option(0, "export this many images, label i mod K; resumable",
-                              group="files to make")
-    save_weights: str | None = option(None, "only write the weights, as bfloat16, into this file",
-                                      metavar="FILE")
-
-    def __post_init__(self):
-        at_least(1, num=self.num, steps=self.steps, batch=self.batch)
-        at_least(0, num_samples=self.num_samples, cfg=self.cfg)
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"--interval {low} {high} must have 0 <= LOW <= HIGH <= 1")
-        if not 0 < self.time_shift < math.inf:
-            raise ValueError(f"--time-shift {self.time_shift} must be above 0 and finite")
-        if (self.num or 8) * (len(self.class_) or 10) > 10_000:
-            raise ValueError(f"--num {self.num}: a picture of more than 10,000 images; "
-                             f"--num-samples exports as many as you like")
-        if self.num_samples and (self.class_ or self.num is not None or self.trajectory):
-            raise ValueError("--num-samples takes the classes in turn; "
-                             "leave out --class, --num and --trajectory")
-        if self.save_weights and Path(self.save_weights).suffix != ".pt":
-            raise ValueError(f"--save-weights {self.save_weights} must end in .pt")
-        if self.save_weights and not self.ema:
-            raise ValueError("--save-weights keeps the averaged weights; leave out --no-ema")
-        if self.out and not self.num_samples and Path(self.out).suffix.lower() != ".png":
-            raise ValueError(f"--out {self.out} must end in .png; an .npz needs --num-samples")
-
-    def settings(self):
-        """What generate() needs to know."""
-        return dict(seed=self.seed, size=self.size or None, sampler=self.sampler, steps=self.steps,
-                    cfg=self.cfg, interval=tuple(self.interval), shift=self.time_shift)
+def parse(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--ckpt", type=text, help="weights: a file, or a folder of runs [newest under runs/]")
+    add("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
+    add("--class", dest="classes", nargs="+", default=[], metavar="CLASS",
+        help="classes, by index or name [all, ten at most]")
+    add("--per-class", type=number(int, 1), default=8, help="images of each class [8]")
+    add("--size", nargs=2, type=number(int, 1), metavar=("H", "W"), help="in pixels [as trained]")
+    add("--seed", type=number(int), default=0, help="of the noise [0]")
+    add("--sampler", choices=tuple(SAMPLERS), default="euler", help="[euler]")
+    add("--steps", type=number(int, 1), default=100, help="steps from t = 1 to t = 0 [100]")
+    add("--cfg", type=number(float), default=2.9, help="guidance scale (App. C); 1 = off [2.9]")
+    add("--interval", nargs=2, type=number(float, 0, 1), default=(0.03, 0.89),
+        metavar=("LOW", "HIGH"), help="guidance for t in it [0.03 0.89; paper: 1 - t in 0.11 0.97]")
+    add("--out", type=text, help="[samples-CLASSES-SEED.png; samples.npz with --num-samples]")
+    add("--trajectory", action="store_true", help="also a strip and a GIF of noise becoming images")
+    add("--num-samples", type=number(int, 1), help="export so many images, label i mod K")
+    add("--save-weights", type=text, help="only write the weights, as bfloat16, to this .pt file")
+    add("--batch", type=number(int, 1), default=32, help="images at a time, per process [32]")
+    add("--compile", action="store_true", help="torch.compile, block by block")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    options = parser.parse_args(argv)
+    words = ["samples", *map("class{}".format, options.classes[:9]), f"seed{options.seed}.png"]
+    options.out = Path(options.out or "samples.npz" if options.num_samples else
+                       options.out or re.sub(r"[^\w.-]+", "-", "-".join(words)))
+    options.settings = {name: getattr(options, name) for name in (
+        "seed", "size", "sampler", "steps", "cfg", "interval")}      # what generate() needs
+    options.evaluations = 2 * options.steps - 1 if options.sampler == "heun" else options.steps
+    if options.out.suffix != (".npz" if options.num_samples else ".png"):
+        parser.error(f"--out {options.out} must end in .png, or in .npz with --num-samples")
+    if options.num_samples and (options.classes or options.trajectory):
+        parser.error("--num-samples takes all classes in turn; leave out --class and --trajectory")
+    if options.save_weights and not (options.ema and options.save_weights.endswith(".pt")):
+        parser.error(f"--save-weights {options.save_weights} must end in .pt; it writes the "
+                     f"averaged weights, so leave out --no-ema")
+    for file in (options.num_samples and options.out, options.save_weights):
+        if file and Path(file).exists():
+            parser.error(f"{file} exists; delete it, or choose another name")
+    return options
 
 
 def find_class(query, classes, names):
-    """Index of a class given by index, folder name or readable name."""
+    """Index of a class given by index, folder name or readable name.  An index comes first."""
     def plain(name):
         return name.lower().replace("_", " ")
 
-    found = {i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)}
     if query.isdecimal() and int(query) < len(names):
-        if found - {int(query)}:
-            raise ValueError(f"--class {query} is the index of {classes[int(query)]!r}, and the "
-                             f"name of class {min(found - {int(query)})}: give that index")
         return int(query)
+    found = [i for i, pair in enumerate(zip(classes, names)) if plain(query) in map(plain, pair)]
     if len(found) == 1:
-        return min(found)
+        return found[0]
     if found:
-        several = ", ".join(map(str, sorted(found)))
-        raise ValueError(f"--class {query!r} names several classes: {several}; give an index")
-    if query.isdecimal():
-        raise ValueError(f"--class {query}: this model has classes 0 to {len(names) - 1}")
+        raise ValueError(f"--class {query!r} names the classes {found}; give one of these numbers")
     close = difflib.get_close_matches(plain(query), names, 3, 0.4) or names[:5]
     raise ValueError(f"--class {query!r} is unknown; near it: {', '.join(map(repr, close))}; "
                      f"or an index from 0 to {len(names) - 1}")
 
 
-def free_name(path):
-    """The path, or the first of path-2, path-3, ... that is not taken."""
-    path, k = Path(path), 1
-    name = path
-    while name.exists():
-        k += 1
-        name = path.with_stem(f"{path.stem}-{k}")
-    return name
-
-
-def announce(options, model, info):
-    """Say what is about to be drawn, with which weights."""
-    trained = model.config.image_size
-    weights = f"step {info['step']}, {'EMA' if options.ema else 'last'} weights"
-    if options.ckpt == str(OUR_WEIGHTS):
-        print("the small weights that come with the code; `python train.py` makes your own")
-    print(f"{options.ckpt}: {weights}; {options.sampler}, {options.steps} steps, cfg {options.cfg} "
-          f"for t in {list(options.interval)}, seed {options.seed}")
-    if options.size and not all(trained / 2 <= side <= trained * 2 for side in options.size):
-        print(f"warning: --size {options.size[0]} {options.size[1]} is far from the {trained} x "
-              f"{trained} of the training; expect poor images")
-
-
 def main():
-    options = parse_options(SampleOptions, __doc__)
-    processes = start_processes(options.device)
-    options.ckpt = str(processes.on_first(find_checkpoint, options.ckpt))
-    model, info = load_model(options.ckpt, processes.device, options.ema)
-    for side in options.size:
+    options = parse()
+    device = start_processes(options.device)
+    rank, options.device = dist.get_rank(), device.type
+    options.ckpt = str(on_rank_0(find_checkpoint, options.ckpt))
+    model, info = load_model(options.ckpt, device, options.ema)
+    for side in options.size or ():
         check_multiple("--size", side, model.config.patch_size, "patch_size")
     names = info["names"]
-    options.class_ = [find_class(query, info["classes"], names) for query in options.class_]
-    if options.save_weights:
-        if processes.rank == 0:
-            write_weights(options.save_weights, model, info)
-            print(f"wrote {options.save_weights}: weights of {options.ckpt} as bfloat16")
-        return
-    if processes.device.type == "cuda":
-        keep_in_bf16(model)
+    options.classes = ([find_class(query, info["classes"], names) for query in options.classes]
+                       or list(range(min(10, len(names)))))
     if options.compile:
-        compile_pieces(model)
-    if processes.rank == 0:
-        announce(options, model, info)
-    if options.num_samples:
-        export(model, options, processes)
-    elif processes.rank == 0:
-        options.class_ = options.class_ or list(range(min(10, len(names))))
+        compile_blocks(model)
+    if rank == 0:
+        if options.ckpt == str(OUR_WEIGHTS):
+            print("the small weights that come with the code; `python train.py` makes your own")
+        print(f"{options.ckpt}: step {info['step']}, {'EMA' if options.ema else 'last'} weights; "
+              f"{options.sampler}, {options.steps} steps, cfg {options.cfg} for t in "
+              f"{list(options.interval)}, seed {options.seed}")
+        trained = model.config.image_size
+        if options.size and not all(trained / 2 <= side <= trained * 2 for side in options.size):
+            print(f"warning: --size {options.size[0]} {options.size[1]} is far from the training's "
+                  f"{trained} x {trained}; expect poor images")
+    if options.save_weights and rank == 0:
+        state = info | dict(ema={name: weight.bfloat16()
+                                 for name, weight in model.state_dict().items()})
+        save_atomically(options.save_weights, lambda partial: torch.save(state, partial))
+        print(f"wrote {options.save_weights}: the weights as bfloat16")
+    elif options.num_samples:
+        export(model, options)
+    elif rank == 0:
         sample_grid(model, names, options)
 
 
+# -------------------------------------------------------------------------------------------------
+# Weights.  A checkpoint is a dict of builtins and tensors, which weights_only=True can open.
+
+OUR_WEIGHTS = Path(__file__).parent / "assets" / "dip-nano.pt"
+INFO = "config", "step", "classes", "names", "options"       # what is known of the weights
+
+
+def load_model(path, device="cpu", ema=True):
+    """(model in eval mode, dict of INFO).  Float32 weights, each of them finite.
+
+    path: a checkpoint of train.py, or a folder of them; a Lightning checkpoint of the release
+    (ema_denoiser. or, without ema, denoiser.); a state dict with the release's names, .pt or
+    .safetensors.  Raises ValueError, in one line, for anything else.
+    """
+    path = find_checkpoint(path)
+    state = read_file(path)
+    with in_one_line(f"{path} is neither a checkpoint of train.py nor weights of a released DiP"):
+        if "config" in state:
+            config, weights = DiPConfig(**state["config"]), state["ema" if ema else "model"]
+            info = {key: state[key] for key in INFO}
+            for key in ("classes", "names"):
+                assert [type(x) for x in info[key]] == [str] * config.num_classes, f"its {key}"
+        else:
+            weights = {re.sub(r"^module\.|_orig_mod\.", "", name): weight
+                       for name, weight in state.get("state_dict", state).items()}
+            prefix = "ema_denoiser." if ema else "denoiser."
+            if any("denoiser." in name for name in weights):
+                weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
+                           if name.startswith(prefix)}
+            assert weights, f"it has no weights named {prefix}*"
+            config, weights = from_release(weights)
+            known = imagenet_names() if config.num_classes == 1000 else {}
+            numbers = [f"class {k}" for k in range(config.num_classes)]
+            info = dict(config=asdict(config), step=int(state.get("global_step", 0)), options={},
+                        classes=list(known) or numbers, names=list(known.values()) or numbers)
+        with torch.device("meta"):
+            model = DiP(config)                              # shapes alone, no memory
+        weights = {name: weight.to(device, torch.float32, copy=True)         # leaves the file
+                   for name, weight in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        check_finite(weights)
+    return model.eval().requires_grad_(False), info
+
+
+def check_finite(weights):
+    """Raise ValueError if a weight is not finite: it would silently draw black images."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"weight {name} is not finite; use an earlier checkpoint, or train "
+                             f"again with a lower --lr")
+
+
+def find_checkpoint(given=None):
+    """Path of a checkpoint: the file given, or the newest below the folder given or runs/, or our
+    own small weights."""
+    path = Path(given or "runs")
+    if given and not path.is_dir():
+        return path
+    newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
+    if newest is None and given:
+        files = [str(file) for file in sorted(path.rglob("*")) if file.is_file()]
+        raise ValueError(f"no ckpt-*.pt of train.py under {path}, which holds "
+                         f"{', '.join(files[:5]) or 'no file'}; give a file of weights, or train")
+    return newest_intact(newest.parent) if newest else OUR_WEIGHTS
+
+
+def newest_intact(folder, verify=False):
+    """Path of the last intact checkpoint of a run, or None where there is no checkpoint at all.
+
+    Names the damaged ones that it passes over.  If all are damaged, that is an error.
+    verify: also compare every byte with the checksums in the file, which torch.load does not do.
+    """
+    paths = sorted(Path(folder).glob("ckpt-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            state = read_file(path)
+            with in_one_line(f"{path} is damaged"):
+                assert {*INFO, "model", "ema"} <= state.keys(), "it is no checkpoint of train.py"
+                assert not verify or not zipfile.ZipFile(path).testzip(), "a checksum is wrong"
+            return path
+        except (ValueError, FileNotFoundError) as error:     # damaged, or dropped meanwhile
+            print(f"warning: {error}; passed over")
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
+
+
+def read_file(path):
+    """The dict in a .pt or .safetensors file, tensors mapped from the file; runs no code from it.
+
+    Raises ValueError, in one line, for what is wrong with the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; `python train.py` makes one under runs/")
+    with in_one_line(f"{path} is not a checkpoint, or not all of it is there"):
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file          # an optional package
+            return load_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):                     # else: too little address space
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(state, dict), f"it holds a {type(state).__name__}"
+        return state
+
+
+def imagenet_names():
+    """{wnid: readable name} of the 1000 classes in their usual order, that of the sorted wnids."""
+    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# What both commands stand on: random streams, blocks, files, processes, options, errors
+
+
+def random_stream(*key, device="cpu"):
+    """A random generator that depends on its key alone, such as (seed, "train", example): never on
+    the rank, the batch size or the number of workers.  A CPU and a GPU draw different numbers."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def autocast(device):
+    """bfloat16 for the network on CUDA, float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def blocks_of(model):
+    """What is compiled, or recomputed, one at a time: each Block, and each head without Blocks."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    heads = [module.head for module in model.modules() if isinstance(module, PatchDetailerHead)]
+    return blocks + [head for head in heads if not set(head.modules()) & set(blocks)]
+
+
+def compile_blocks(model):
+    """torch.compile, block by block: it takes seconds, and for the whole model minutes."""
+    for block in blocks_of(model):
+        block.forward = torch.compile(block.forward)
+
+
+@contextmanager
+def if_supported(what):
+    """Only warn where the file system does not know a service; other errors are errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"this file system has no {what} ({error})")
+
+
+def save_atomically(path, write):
+    """Call write(temporary path), then move the finished file into place: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with partial.open("r+b") as file, if_supported("fsync: a power loss may damage files"):
+            os.fsync(file.fileno())          # its bytes are on the disk before its name is
+        os.replace(partial, path)
+    except RuntimeError as error:            # how torch.save reports a full disk
+        raise OSError(f"{path} could not be written; is the disk full? ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder):
+    """Inside, this process alone writes into the folder.  The system's lock ends with the process,
+    however that ends; loader processes do not inherit it."""
+    try:
+        import fcntl
+    except ImportError:                                      # no such lock on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        with if_supported("locks: do not start a second run there"):
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"{folder}: another process is writing there; wait for its end, "
+                                 f"or choose another --out") from None
+        yield
+
+
+def is_of_the_system(error):
+    """Whether reading failed for a reason that is not in the file, such as I/O or memory."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or getattr(
+        error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
+                                  errno.ENOMEM, errno.ESTALE)
+
+
+@contextmanager
+def in_one_line(message):
+    """Report any error from a bad file in one line.  Errors of the system stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_the_system(error):
+            raise
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{message} ({line})") from None
+
+
+def start_processes(device="auto"):
+    """Join torchrun's process group, or one of this process alone.  Returns this rank's device."""
+    alone = "RANK" not in os.environ
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() and alone else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.ones(1, device=device).item()                  # fails if it is absent, or "meta"
+    except Exception as error:                               # of a type for each kind of device
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        nccl = device.startswith("cuda") and not alone
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **dict(
+            store=dist.HashStore(), rank=0, world_size=1) if alone else {})
+    return torch.device(device)
+
+
+def on_rank_0(function, *arguments):
+    """Rank 0 alone calls the function; every rank returns the result, or raises the error."""
+    answer = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function(*arguments)
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if answer[1]:
+        raise answer[1]
+    return answer[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """Plain argparse, except that an error is one line, like every error of the commands."""
+
+    def __init__(self, **settings):
+        super().__init__(usage="%(prog)s [options]", allow_abbrev=False, **settings,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def text(value):
+    """An argparse type: a text that is not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty; an unset variable?")
+    return value
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+    def number(value):
+        if not low <= kind(value) <= high or math.isinf(kind(value)):
+            raise argparse.ArgumentTypeError(f"{value} must be finite, from {low} to {high}")
+        return kind(value)
+
+    return number
+
+
+ADVICE = {                                   # a pattern in torch's errors: what the user can do
+    "shared memory|Bus error": "out of shared memory: fewer --workers, or docker's --shm-size",
+    "DataLoader worker": "a loader process was killed; out of memory? Fewer --workers",
+    "out of memory|allocate memory|^MemoryError":
+        "out of memory: a smaller --micro-batch (training) or --batch (sampling)",
+    "compiler|[Tt]riton": "--compile needs a C++ compiler; leave it out, or set CXX",
+    "[Cc]onnection (closed|reset)": "another process of this command has ended",
+}
+
+
+def explain(error):
+    """One line for an error that the user can mend; None for one that nobody expected."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]     # from a loader process
+    line = line.removeprefix(f"{type(error).__name__}: ")[:500]
+    if isinstance(error, (RuntimeError, MemoryError)):
+        return next((f"{advice} ({line})" for pattern, advice in ADVICE.items()
+                     if re.search(pattern, "\n".join(lines))), None)
+    return line if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
+def run(main):
+    """Run a command, then end its process and its loaders at once.  Exit code: what main() returns,
+    or 1 after an error."""
+    torch.set_flush_denormal(True)           # subnormal numbers make a CPU slow
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # a console may lack a class's letters
+    try:
+        code = main() or 0
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = 1
+        if line := explain(error):
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)                           # what is left of a process group might hang
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run(main)

@@ -4,16 +4,15 @@ Train a DiP.
     python train.py                     # drawn shapes and a small model, in minutes
     python train.py --data IMAGES       # IMAGES/train/<class>/*.jpg, IMAGES/<class>/*.jpg, or *.jpg
     python train.py --init FILE --data IMAGES       # from our weights, or the authors'
-    torchrun --nproc_per_node=8 train.py --data IMAGENET        # DiP-XL/16, 256 x 256
+    torchrun --nproc_per_node=8 train.py --image-size 256 --data IMAGENET         # DiP-XL/16
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
         train.py --data IMAGENET
 
-The same command resumes.  Image, flip, time, noise and label dropout of example k depend on (seed,
-k) alone, not on the number of processes, micro-batches and workers; results agree up to the order
-of sums.  Noise is drawn on the device, so CPU and GPU differ.  A run writes ckpt-*.pt, log.jsonl,
-loss.png and samples-*.png into --out.  SIGTERM and Ctrl-C save a checkpoint and end it (torchrun
-needs --shutdown-timeout 300 for large ones); an update that is not finite is skipped; up to 1 % of
-the images may be unreadable.
+To resume, run the same command again.  Image, flip, time, noise and label dropout of example k
+depend on (seed, k) alone, not on the number of processes, micro-batches or workers; results agree
+up to the order of sums.  A run writes ckpt-*.pt, log.jsonl, loss.png and samples-*.png into --out.
+A signal such as SIGTERM or Ctrl-C finishes the step, saves a checkpoint and ends the run; give
+torchrun --shutdown-timeout 300 for large ones.  An update that is not finite is skipped.
 """
 
 import copy
@@ -25,595 +24,792 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from common import (at_least, autocast, available_memory, check_fit, compile_pieces, in_one_line,
-                    load_checkpoint, load_model, locked, memory_needed, newest_intact,
-                    noted_signals, option, parse_options, pieces, progress, run_main,
-                    save_atomically, start_processes, write_checkpoint)
-from dataset import Examples, load_encoder, load_examples, open_data, refuse_bad_files
-from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, cost, drop_labels, flow_matching_loss,
+from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, drop_labels, flow_matching_loss,
                  logit_normal_time)
-from sample import draw_grid, generate, to_uint8
+from fid import list_images, read_image
+from sample import (Parser, autocast, blocks_of, check_finite, compile_blocks, draw_grid, generate,
+                    imagenet_names, in_one_line, is_of_the_system, load_model, locked,
+                    newest_intact, number, on_rank_0, random_stream, read_file, run,
+                    save_atomically, start_processes, text, to_uint8)
 
 # -------------------------------------------------------------------------------------------------
 # Options
 
 PAPER = dict(steps=1_600_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0.0,
              time_mean=0.0)                  # Table 4; steps: 320 epochs of ImageNet
-MINUTES = dict(steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3,
-               time_mean=0.8)                # on two CPU cores
+MINUTES = dict(steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.8)
 RECIPES = {"DiP-Nano/16": MINUTES}           # every other preset: the paper's
 
 
-@dataclass
-class TrainOptions:
-    data: str | None = option(None, "image folder [embedded shapes]", group="data", metavar="DIR")
-    image_size: int | None = option(None, "height and width in pixels [the preset's]")
-    workers: int | None = option(None, "loader processes [8 with CUDA and --data, else 0]")
-
-    model: str | None = option(None, "preset [DiP-XL/16 with CUDA and --data, else DiP-Nano/16]",
-                               group="model", metavar="NAME")
-    set: tuple = option((), "other DiPConfig fields, as head=mlp depth=4", nargs="+",
-                        action="extend", metavar="FIELD=VALUE")
-    init: str | None = option(None, "start a new run from these weights: ours or the authors'",
-                              metavar="FILE")
-    repa: str | None = option(None, "align with this encoder, as dinov2_vitb14 [no REPA]",
-                              metavar="ENCODER")
-    repa_repo: str = option("facebookresearch/dinov2", "torch.hub repository of the encoder")
-    repa_source: str = option("github", "local: --repa-repo is a folder",
-                              choices=("github", "local"))
-
-    steps: int | None = option(None, "updates [1600000; Nano: 3500]", group="training")
-    batch_size: int | None = option(None, "images an update, over all processes [256; Nano: 16]")
-    micro_batch: int | None = option(None, "images at once in a process [32 at most, to fit]")
-    lr: float | None = option(None, "AdamW's learning rate [1e-4; Nano: 3e-3]")
-    warmup: int | None = option(None, "steps in which lr rises [0; Nano: 50]")
-    cooldown: float | None = option(None, "last fraction, in which lr falls [0; Nano: 0.3]")
-    clip: float = option(1.0, "largest gradient norm; 0 = no limit, as the release")
-    ema: float = option(0.9999, "decay of the averaged weights, reached by warm-up")
-    time_mean: float | None = option(None, "mean of logit t, of deviation 1 [0; Nano: 0.8]")
-    label_dropout: float = option(0.1, "fraction of labels dropped, for guidance")
-    seed: int = option(0, "of weights, order and noise: the run is a function of it")
-
-    out: str | None = option(None, "folder of the run [runs/MODEL-SIZE]", group="output",
-                             metavar="DIR")
-    log_every: int = option(50, "steps between lines of log.jsonl")
-    sample_every: int | None = option(None, "steps between grids; 0: none [five a run, or 10000]")
-    save_every: int | None = option(None, "steps between checkpoints [five a run, or 10000]")
-    keep: int = option(2, "newest checkpoints kept")
-
-    device: str = option("auto", "auto, cpu, cuda, mps", group="machine")
-    compile: bool = option(False, "torch.compile, block by block")
-    grad_checkpoint: bool = option(False, "recompute activations: less memory, more time")
-
-    def __post_init__(self):
-        at_least(1, image_size=self.image_size, steps=self.steps, batch_size=self.batch_size,
-                 micro_batch=self.micro_batch, log_every=self.log_every, keep=self.keep,
-                 save_every=self.save_every)
-        at_least(0, workers=self.workers, lr=self.lr, warmup=self.warmup, clip=self.clip,
-                 seed=self.seed, sample_every=self.sample_every)
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed {self.seed} must be below 2^63")
-        if self.time_mean is not None and not abs(self.time_mean) < 100:
-            raise ValueError(f"--time-mean {self.time_mean} must be between -100 and 100")
-        for field in ("cooldown", "ema", "label_dropout"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{field.replace('_', '-')} {value} is a fraction: it must be "
-                                 f"from 0 to 1")
-        if self.label_dropout == 1:
-            raise ValueError("--label-dropout 1 drops every label; a folder of images without "
-                             "class folders trains without labels")
+def parse(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--data", type=text, metavar="DIR", help="image folder [drawn shapes]")
+    add("--image-size", type=number(int, 1), help="height and width in pixels [the preset's]")
+    add("--model", choices=PRESETS, metavar="NAME",
+        help=f"{', '.join(PRESETS)} [DiP-XL/16 with CUDA and --data, else DiP-Nano/16]")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="other fields of DiPConfig, such as head=mlp depth=4")
+    add("--init", type=text, metavar="FILE", help="begin with these weights: ours or the authors'")
+    add("--repa", metavar="ENCODER", help="align tokens with an encoder, such as dinov2_vitb14")
+    add("--repa-repo", default="facebookresearch/dinov2", help="its torch.hub repository or folder")
+    add("--repa-source", default="github", choices=("github", "local"), help="local: a folder")
+    add("--steps", type=number(int, 1), help="updates [1600000; Nano: 3500]")
+    add("--batch-size", type=number(int, 1), help="images an update, of all processes [256; 16]")
+    add("--micro-batch", type=number(int, 1), help="images at once in a process [at most 32]")
+    add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
+    add("--warmup", type=number(int, 0), help="steps in which lr rises [0; 50]")
+    add("--cooldown", type=number(float, 0, 1), help="last fraction, where lr falls [0; 0.3]")
+    add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: any [1]")
+    add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the average [0.9999]")
+    add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.8]")
+    add("--label-dropout", type=number(float, 0, 0.99), default=0.1, help="for guidance [0.1]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order, noise [0]")
+    add("--out", type=text, metavar="DIR", help="folder of the run [runs/MODEL-SIZE]")
+    add("--log-every", type=number(int, 1), default=50, help="steps between lines of the log [50]")
+    add("--sample-every", type=number(int, 0), help="steps between pictures; 0: none [five a run]")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints [five a run]")
+    add("--keep", type=number(int, 1), default=2, help="newest checkpoints kept [2]")
+    add("--workers", type=number(int, 0), help="loader processes [8 with CUDA and --data, else 0]")
+    add("--compile", action="store_true", help="torch.compile, block by block")
+    add("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps [auto]")
+    return parser.parse_args(argv)
 
 
-def configure(options, processes, inherited=None):
-    """Fill in what the user left open; returns the DiPConfig, except num_classes and repa_dim.
+def configure(options, device, inherited=None):
+    """Fill in the options left open; returns the DiPConfig, except num_classes and repa_dim.
 
-    inherited: the DiPConfig and the preset's name of --init, which come before the default preset.
+    inherited: (DiPConfig, preset) of --init, which come before the default preset.
     """
-    say = print if processes.rank == 0 else lambda line: None
-    has_cuda = processes.device.type == "cuda"
-    large = has_cuda and bool(options.data)
-    if options.model is None and inherited is None and not large:
-        missing = "--data" if has_cuda else "CUDA"
-        say(f"no {missing} and no --model: the small DiP-Nano/16, with its recipe for minutes")
-    config, name = inherited or (None, "")
-    if options.model or not inherited:
-        name = options.model or ("DiP-XL/16" if large else "DiP-Nano/16")
-        check_choice("--model", name, PRESETS)
-        config = PRESETS[name]
+    large, world = device.type == "cuda" and options.data, dist.get_world_size()
+    default = "DiP-XL/16" if large else "DiP-Nano/16"
+    config, name = inherited or (PRESETS[default], default)
+    if options.model:
+        config, name = PRESETS[options.model], options.model
     options.model = name
-    changes = read_changes(options.set, config)
-    if changes.get("head", config.head) != config.head:      # another head has sizes of its own
-        changes = {"head_width": 0, "head_depth": 0} | changes
-        say(f"head={changes['head']}: its own head_width and head_depth, unless --set gives them")
+    fields = {key: type(value) for key, value in asdict(config).items()
+              if key not in ("image_size", "num_classes", "repa_dim")}    # these have other sources
+    changes = {}
+    for pair in options.set:
+        field, _, value = pair.partition("=")
+        check_choice("--set", field, fields)
+        try:
+            changes[field] = fields[field](value)
+        except ValueError:
+            raise ValueError(f"--set {pair}: {field} is a whole number") from None
+    if changes.get("head", config.head) != config.head:      # another head has its own default size
+        changes = {"head_width": 0, "head_depth": 0, **changes}
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
-    options.image_size = config.image_size
     recipe = dict(RECIPES.get(name, PAPER))
     if name in RECIPES and config.image_size > 64:           # fewer images: steps stay short
         images = max(4, 16 * 64**2 // config.image_size**2)
-        recipe["batch_size"] = images + -images % processes.world
-    for field, value in recipe.items():
-        if getattr(options, field) is None:
-            setattr(options, field, value)
-    every = min(10_000, max(1, options.steps // 5))
-    options.sample_every = every if options.sample_every is None else options.sample_every
-    options.save_every = options.save_every or every
-    if options.workers is None:
-        options.workers = 8 if has_cuda and options.data else 0
+        recipe["batch_size"] = images + -images % world
+    steps = options.steps or recipe["steps"]
+    recipe["warmup"] = min(recipe["warmup"], steps // 10)
+    every = min(10_000, max(250, steps // 5))
     folder = "-".join([name or "init", *options.set, str(config.image_size)])
-    options.out = options.out or "runs/" + re.sub(r"[^\w.-]+", "-", folder)
+    defaults = dict(recipe, image_size=config.image_size, sample_every=every, save_every=every,
+                    workers=8 if large else 0, out="runs/" + re.sub(r"[^\w.-]+", "-", folder))
+    for option, value in defaults.items():
+        if getattr(options, option) is None:
+            setattr(options, option, value)
+    part, rest = divmod(options.batch_size, world)
+    options.micro_batch = options.micro_batch or max(
+        n for n in range(1, 33) if part % n == 0)
+    if rest or part % options.micro_batch or not part:
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {world} "
+                         f"processes x --micro-batch {options.micro_batch}")
+    if options.warmup >= options.steps:
+        raise ValueError(f"--warmup {options.warmup} must be below --steps {options.steps}")
     return config
 
 
-def read_changes(pairs, config):
-    """{field: value} of --set FIELD=VALUE ..."""
-    elsewhere = "image_size", "num_classes", "repa_dim"      # --image-size, the data, the encoder
-    fields = {field: type(value) for field, value in asdict(config).items()
-              if field not in elsewhere}
-    changes = {}
-    for pair in pairs:
-        field, equals, value = pair.partition("=")
-        check_choice("--set", field, fields)
-        try:
-            if not equals:
-                raise ValueError
-            changes[field] = fields[field](value)
-        except ValueError:
-            raise ValueError(f"--set {pair}: must be {field}=VALUE, and {field} is a "
-                             f"{fields[field].__name__}") from None
-    return changes
+# -------------------------------------------------------------------------------------------------
+# The step
+
+BINS = 10                # losses are logged by tenths of t
 
 
-def choose_micro_batch(options, config, processes):
-    """Set options.micro_batch, images at once in a process: the user's, or at most 32 that fit."""
-    part, rest = divmod(options.batch_size, processes.world)
-    if rest or part % (options.micro_batch or 1):
-        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of "
-                         f"{processes.world} processes x --micro-batch {options.micro_batch or 1}")
-    on_cuda = processes.device.type == "cuda"
-    if on_cuda and options.micro_batch:
-        return                       # tried as it is: run_main() says when memory runs out
-    free = available_memory(processes.device)
-    fixed, per_image = memory_needed(config, torch.bfloat16 if on_cuda else None,
-                                     options.grad_checkpoint)
-    candidates = [options.micro_batch] if options.micro_batch else [
-        n for n in range(min(part, 32), 0, -1) if part % n == 0]
-    fitting = [n for n in candidates if fixed + n * per_image < free]
-    if not fitting:
-        need = (fixed + candidates[-1] * per_image) / 2**30
-        raise ValueError(
-            f"--micro-batch {candidates[-1]} needs about {need:.1f} GiB, {free / 2**30:.1f} GiB "
-            f"are free; a smaller --micro-batch, --image-size or --model, or --grad-checkpoint, "
-            f"helps")
-    options.micro_batch = min(processes.gather(fitting[0]))
+def training_step(net, ema, optimizer, batches, step, options, encoder=None):
+    """One update: (sums of the losses by tenths of t (3, BINS), norm of the gradient).
+
+    net: the DiP, perhaps within DDP; ema: its average; batches: this rank's micro-batches.  An
+    update whose gradient is not finite is skipped; the norm, inf or nan, says so.
+    """
+    model = getattr(net, "module", net)
+    device, config = next(model.parameters()).device, model.config
+    losses = torch.zeros(3, BINS, device=device)
+    count = options.batch_size // (dist.get_world_size() * options.micro_batch)
+    for k in range(count):
+        # a micro-batch: images, labels, and every example's own random numbers
+        pixels, y, z, u, examples = next(batches)
+        x_0 = to_model(pixels, device)                                   # (B, 3, H, W) in [-1, 1]
+        y, z, u = (part.to(device, non_blocking=True) for part in (y, z, u))         # (B,) each
+        noise = draw_noise(x_0, options.seed, "train", examples)         # (B, 3, H, W)
+        t = logit_normal_time(z, options.time_mean)                      # (B,)
+        y = drop_labels(y, u, config.num_classes, options.label_dropout)
+
+        net.require_backward_grad_sync = k == count - 1      # DDP sums the gradients once a step
+        with autocast(device):
+            features = encoder(x_0) if encoder else None                 # (B, repa_dim, h, w)
+            flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)         # (B,) each
+        ((flow + REPA_WEIGHT * repa).mean() / count).backward()
+        losses += by_time(t, flow, repa)
+
+    # lr rises over the warm-up, is constant, and falls over the last fraction `cooldown`
+    up = (step + 1) / (options.warmup + 1)
+    down = (options.steps - step) / (options.cooldown * options.steps + 1)
+    optimizer.param_groups[0]["lr"] = options.lr * min(1, up, down)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+    if norm.isfinite():                                      # the same on all ranks
+        optimizer.step()
+        # the average warms up: a short run averages over about its last tenth
+        decay = min(options.ema, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
+    optimizer.zero_grad()
+    return losses, norm.item()
+
+
+def to_model(pixels, device):
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1] on the device"""
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def draw_noise(x_0, seed, purpose, examples):
+    """eps of Eq. (6) like x_0 (B, 3, H, W).  That of example k depends on (seed, purpose, k).  It
+    is drawn on the device, so that it need not be copied there."""
+    noise = torch.empty(x_0.shape, device=x_0.device)
+    for row, k in zip(noise, examples.tolist()):
+        row.normal_(generator=random_stream(seed, purpose, k, "noise", device=x_0.device))
+    return noise
+
+
+def by_time(t, flow, repa):
+    """Sums over the images whose t is in each tenth: of flow, of repa, of 1.  (B,) -> (3, BINS)"""
+    bins = (t * BINS).long().clamp(max=BINS - 1)
+    values = torch.stack([flow, repa, torch.ones_like(flow)]).detach()
+    return torch.zeros(3, BINS, device=t.device).index_add(1, bins, values)
 
 
 # -------------------------------------------------------------------------------------------------
-# The training step
+# The run
 
-TIME_BINS = 10           # of t, in which losses are logged
 MAX_SKIPPED = 10         # updates in a row that may be not finite
 
 
-def learning_rate(options, step):
-    """Linear up over `warmup` steps, constant, linear down over the last `cooldown` fraction."""
-    up = (step + 1) / (options.warmup + 1)
-    down = (options.steps - step) / (options.cooldown * options.steps + 1)
-    return options.lr * min(1, up, down)
+def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None):
+    """Train a fresh model, or the newest checkpoint in --out, to --steps or to a signal.  Returns
+    (EMA of the model, steps done).
 
-
-@torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)): a short run
-    averages over about its last tenth."""
-    decay = min(decay, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
-
-
-def accumulate(net, batches, options, config, processes, encoder=None):
-    """Add the gradients of one global batch, micro-batch by micro-batch; returns the sums of its
-    losses by time on this rank, shaped as by_time() returns them."""
-    count = options.batch_size // (processes.world * options.micro_batch)
-    sums = torch.zeros(3, TIME_BINS, device=processes.device)
-    for k in range(count):
-        x_0, y, noise, z, u = next(batches)
-        y = drop_labels(y, u, config.num_classes, options.label_dropout)
-        t = logit_normal_time(z, options.time_mean)
-        net.require_backward_grad_sync = k == count - 1      # DDP: gradients are summed once a step
-        with autocast(processes.device):
-            features = encoder(x_0) if encoder else None
-            flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)
-        ((flow + REPA_WEIGHT * repa).mean() / count).backward()
-        sums += by_time(t, flow, repa)
-    return sums
-
-
-def fit(options, config, data, val_data, processes, encoder=None, signals=(), build=DiP, look=None,
-        initial=None):
-    """Train from the newest checkpoint, or afresh, to --steps or a signal: (EMA model, steps done).
-
-    build(config) makes the fresh model, which starts from the weights `initial`, if given;
-    look(out, step, ema, data, val_data, options, signals) is called every --sample-every steps.
+    look(out, step, ema, data, val_data, options) draws the pictures, every --sample-every steps.
     """
-    out, rank, look = Path(options.out), processes.rank, look or write_pictures
-    model, ema, optimizer, first_step, unlogged = begin_or_resume(options, config, data, processes,
-                                                                build, initial)
-    net = prepare(model, options, processes)
-    batches = load_examples(options, data, processes, first_step)
-    skipped, since, clock = 0, first_step, time.time()
-    bar = progress(range(first_step, options.steps), None, initial=first_step,
-                   total=options.steps, disable=rank > 0, unit="step")
+    out, rank, look = Path(options.out), dist.get_rank(), look or write_pictures
+    device = next(model.parameters()).device
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
+    first, unlogged = resume(model, ema, optimizer, options, data)
+    net = prepare(model, options)
+    batches = load_batches(options, data, first)
+    skipped, since, clock = 0, first, time.time()
+    bar = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0)
     for step in bar:
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(options, step)
-        losses = accumulate(net, batches, options, config, processes, encoder)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-        norm, stop = processes.read(norm, signals)           # the step's one wait for the device
-        if math.isfinite(norm):                              # the same on all ranks
-            optimizer.step()
-            update_ema(ema, model, step, options.ema)
-            unlogged, skipped = unlogged + losses, 0
+        losses, norm = training_step(net, ema, optimizer, batches, step, options, encoder)
+        if math.isfinite(norm):
+            unlogged, skipped = unlogged + losses.cpu(), 0
         else:
-            skipped = report_skipped(out, step + 1, skipped + 1, losses, processes)
-        optimizer.zero_grad()
-
-        done, last = step + 1, step + 1 == options.steps
+            skipped = report_skipped(out, step + 1, skipped + 1, losses.cpu())
+        done, last, stop = step + 1, step + 1 == options.steps, total(len(signals)) > 0
         log = last or done % options.log_every == 0
         sample = options.sample_every and (last or done % options.sample_every == 0)
-        save = last or stop or (done % options.save_every == 0 and not skipped)
+        save = last or stop or (not skipped and (sample or done % options.save_every == 0))
         if log or save:
-            unlogged = processes.reduce(unlogged) * (rank == 0)  # rank 0 has the sum, others 0
-        if rank == 0 and log and unlogged.any():             # some update was not skipped
-            speed = (done - since) * options.batch_size / (time.time() - clock)
-            log_step(out, bar, done, mean_losses(unlogged), lr, speed, norm)
-            unlogged, since, clock = torch.zeros_like(unlogged), done, time.time()
-        if rank == 0 and save:                               # before bad files end the run
-            save_run(options, config, data, model, ema, optimizer, done, unlogged)
-        if log:
-            refuse_bad_files((data, val_data), processes)
-        if rank == 0 and sample:
-            look(out, done, ema, data, val_data, options, signals)
-        if sample or save:
-            since, clock = done, time.time()                 # the speed is that of training alone
+            unlogged = total(unlogged) * (rank == 0)         # rank 0 has the sum, the others 0
+        if rank == 0:
+            if log and unlogged.any():                       # some update was not skipped
+                line = mean_losses(unlogged)
+                speed = (done - since) * options.batch_size / (time.time() - clock)
+                write_log(out, step=done, **line, lr=optimizer.param_groups[0]["lr"],
+                          images_per_s=round(speed, 1), grad_norm=norm)
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
+                unlogged, since, clock = torch.zeros(3, BINS), done, time.time()
+            if save:                                         # before pictures: they take long
+                save_checkpoint(model, ema, optimizer, options, data, done, unlogged)
+            if sample and not stop:
+                look(out, done, ema, data, val_data, options)
+            if sample or save:
+                since, clock = done, time.time()             # the speed is that of training alone
         if stop:
-            processes.barrier()                              # nobody leaves before it is saved
             break
+    dist.barrier()                                           # nobody leaves before it is saved
     return ema, done
 
 
-def log_step(out, bar, step, losses, lr, speed, norm):
-    """A line of log.jsonl, and what the progress bar says."""
-    write_log(out, step=step, **losses, lr=lr, images_per_s=round(speed, 1), grad_norm=norm)
-    bar.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:.0f} images/s")
+def total(value):
+    """The sum over all ranks of a number or a tensor on the CPU."""
+    value = torch.as_tensor(value)
+    dist.all_reduce(value)
+    return value
 
 
-def save_run(options, config, data, model, ema, optimizer, step, unlogged):
-    """ckpt-<step>.pt: all that resume() and sample.py need."""
-    write_checkpoint(
-        Path(options.out), options.keep, model=model.state_dict(), ema=ema.state_dict(),
-        optimizer=optimizer.state_dict(), step=step, unlogged=unlogged, config=asdict(config),
-        options=asdict(options), images=len(data), classes=data.classes, names=data.names)
-
-
-def prepare(model, options, processes):
-    """The model wrapped for training: compiled and checkpointed block by block, and DDP."""
+def prepare(model, options):
+    """The model as it is trained: compiled and recomputed block by block, and within DDP."""
     if options.compile:
-        compile_pieces(model)
-    for module in pieces(model) if options.grad_checkpoint else ():
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    if processes.world == 1:
+        compile_blocks(model)
+    for block in blocks_of(model) if options.grad_checkpoint else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if dist.get_world_size() == 1:
         return model
-    # with --compile a bucket's border cuts a graph in two: few, large buckets
+    # with --compile the border of a bucket cuts a graph in two: few, large buckets
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
-# -------------------------------------------------------------------------------------------------
-# A new run, or one that goes on
+def save_checkpoint(model, ema, optimizer, options, data, step, unlogged):
+    """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond --keep."""
+    out = Path(options.out)
+    path = out / f"ckpt-{step:08d}.pt"
+    check_finite(model.state_dict())
+    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                 step=step, unlogged=unlogged, config=asdict(model.config), options=vars(options),
+                 images=len(data), classes=data.classes, names=data.names)
+    save_atomically(path, lambda partial: torch.save(state, partial))
+    for old in [file for file in sorted(out.glob("ckpt-*.pt")) if file <= path][:-options.keep]:
+        old.unlink()
 
 
-def begin_or_resume(options, config, data, processes, build=DiP, initial=None):
-    """Model, its average and optimizer, steps done, losses not yet logged: new, or from --out."""
-    out, rank, device = Path(options.out), processes.rank, processes.device
-    torch.manual_seed(options.seed)          # the same on every rank; DDP does not send the EMA
-    model = build(config).to(device)
-    path = processes.on_first(lambda: newest_intact(out, verify=True))
-    if initial and not path:
-        start_from(initial, model, options.init, rank)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # weight decay: Table 4
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
-    first_step, unlogged = 0, torch.zeros(3, TIME_BINS)
-    if path:
-        first_step, unlogged = resume(path, options, config, data, model, ema, optimizer, rank)
-    if first_step >= options.steps:
-        raise ValueError(f"{out} is already at step {first_step} of --steps {options.steps}; "
-                         f"a larger --steps trains on")
-    if rank == 0:
-        remove_leftovers(out, first_step)
-    return model, ema, optimizer, first_step, unlogged.to(device)
+FIXED = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"    # options of a run
+FREE = "steps", "lr", "warmup", "cooldown", "clip", "data"                   # may change
 
 
-def start_from(initial, model, path, rank):
-    """Copy weights into a fresh model.  With another number of classes the label table stays new,
-    except the null class; REPA's projector stays new where the other's does not fit."""
-    weights, fresh = dict(initial), model.state_dict()
-    rows, name = len(fresh["label.weight"]), "label.weight"
-    if len(weights[name]) != rows:
-        table = fresh[name].clone()
-        table[-1] = weights[name][-1]
-        if rank == 0:
-            print(f"--init {path} has {len(weights[name]) - 1} classes: a new label table for "
-                  f"{rows - 1}; the null class is kept")
-        weights[name] = table
-    ours = {key: weight for key, weight in fresh.items() if key.startswith("repa_projector.")}
-    theirs = {key: weights.pop(key) for key in list(weights) if key.startswith("repa_projector.")}
-    fits = {k: w.shape for k, w in theirs.items()} == {k: w.shape for k, w in ours.items()}
-    weights |= theirs if fits else ours
-    check_fit(path, model, weights)
-    model.load_state_dict(weights)
+def resume(model, ema, optimizer, options, data):
+    """Load the newest checkpoint in --out, if there is one: (steps done, losses not yet logged)."""
+    out, rank = Path(options.out), dist.get_rank()
+    path = on_rank_0(newest_intact, out, True)
+    if not path:
+        return 0, torch.zeros(3, BINS)
+    state = read_file(path)
 
+    def identity(config, options, classes, images):
+        return {**config, **{"--" + name.replace("_", "-"): options.get(name) for name in FIXED},
+                "classes": classes, "number of images": images}
 
-def identity(config, options, classes, images):
-    """What may not change when a run is resumed."""
-    fields = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
-    return {**config, **{"--" + field.replace("_", "-"): options.get(field) for field in fields},
-            "the classes": classes, "the number of images": images}
-
-
-def resume(path, options, config, data, model, ema, optimizer, rank):
-    """Put a checkpoint's state where it belongs; returns (steps already done, unlogged losses)."""
-    state = load_checkpoint(path)
-    old = identity(state["config"], state["options"], state["classes"], state["images"])
-    new = identity(asdict(config), asdict(options), data.classes, len(data))
-    differ = [f"{key}={str(old.get(key)):.60} there, {str(new[key]):.60} here"
-              for key in new if old.get(key) != new[key]]
+    then = identity(state["config"], state["options"], state["classes"], state.get("images"))
+    now = identity(asdict(model.config), vars(options), data.classes, len(data))
+    differ = [f"{key}={str(then.get(key)):.60} there, {str(now[key]):.60} here"
+              for key in now if then.get(key) != now[key]]
     if differ:
-        raise ValueError(f"{path} is of another configuration ({'; '.join(differ)}); "
-                         f"choose another --out")
-    check_fit(path, model, state["model"])
-    check_fit(path, ema, state["ema"])
+        raise ValueError(f"{path} is of another run ({'; '.join(differ)}); choose another --out")
     with in_one_line(f"{path} does not fit"):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)   # lr and the like stay those of the options
-        unlogged = torch.zeros(3, TIME_BINS)
-        if rank == 0:                        # the sum over all ranks; the others go on from 0
-            unlogged.copy_(state["unlogged"])
-    for field in ("steps", "lr", "warmup", "cooldown", "clip", "data"):      # may change
-        then, now = state["options"].get(field), getattr(options, field)
-        if then != now and rank == 0:
-            print(f"changed since the checkpoint: --{field} {then} -> {now}")
-    if options.init and options.init != state["options"].get("init") and rank == 0:
-        print(f"--init {options.init} is not used: the run continues from {path}; choose another "
-              f"--out for a new one")
+        step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
     if rank == 0:
-        print(f"resumed at step {state['step']}")
-    return state["step"], unlogged
+        for partial_file in out.glob(".*.partial"):          # what a killed run left
+            partial_file.unlink()
+        kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
+        save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
+        print(f"resumed at step {step}" + "".join(
+            f"; --{name} {state['options'].get(name)} -> {getattr(options, name)}"
+            for name in FREE if state["options"].get(name) != getattr(options, name)))
+    return step, unlogged
 
 
-def remove_leftovers(out, step):
-    """Drop what a killed run left: half-written files, and log lines of steps to be run again."""
-    for path in out.glob(".*.partial"):
-        path.unlink()
-    kept = [line for line in read_log(out) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    save_atomically(out / "log.jsonl", lambda path: path.write_text(text))
+@contextmanager
+def noted_signals():
+    """Inside, a signal that ends a job is only noted, and the loop ends itself after a whole step.
+    The same signal again, more than a second later, ends the process at once."""
+    noted = {}
+
+    def note(number, _):
+        if time.monotonic() - noted.setdefault(number, time.monotonic()) > 1:
+            os._exit(128 + number)
+        os.write(2, b"\nstopping: finishing the step and saving first\n")        # print is not safe
+
+    handlers = {number: signal.signal(number, note) for number in ENDING_SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN}       # nohup ignores SIGHUP
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+ENDING_SIGNALS = [getattr(signal, name) for name in (        # sent by terminals and schedulers
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)]
+
+
+def report_skipped(out, step, skipped, losses):
+    """Say where an update was not finite; returns how many there were in a row, and ends the run
+    after MAX_SKIPPED."""
+    flow = total(losses)[0]
+    where = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)
+             if not flow[k].isfinite()]
+    what = f"the loss for t in {', '.join(where)}" if where else "the gradient, and no loss,"
+    if dist.get_rank() == 0:
+        tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
+        write_log(out, step=step, skipped=what)
+    if skipped == MAX_SKIPPED:
+        raise FloatingPointError(f"{skipped} updates in a row were not finite, the last at step "
+                                 f"{step}: {what}; try a lower --lr from the last checkpoint")
+    return skipped
+
+
+def start_from(model, given, path):
+    """Copy the weights of --init.  A label table of other classes stays new, except for the null
+    class; so does a projector of REPA for another encoder."""
+    fresh, weights = model.state_dict(), given.state_dict()
+    if given.config.num_classes != model.config.num_classes:
+        fresh["label.weight"][-1] = weights.pop("label.weight")[-1]
+        if dist.get_rank() == 0:
+            print(f"--init {path} has {given.config.num_classes} classes: a new label table for "
+                  f"{model.config.num_classes}; the null class is kept")
+    if given.config.repa_dim != model.config.repa_dim:
+        weights = {name: w for name, w in weights.items() if not name.startswith("repa_projector.")}
+    with in_one_line(f"--init {path} does not fit the model"):
+        model.load_state_dict({**fresh, **weights})
 
 
 # -------------------------------------------------------------------------------------------------
-# Losses and pictures
-
-
-def by_time(t, flow, repa):
-    """Sums over the images whose t is in each tenth: of flow, of repa, of 1.  (B,) -> (3, 10)"""
-    bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    values = torch.stack([flow, repa, torch.ones_like(flow)]).detach()
-    return torch.zeros(3, TIME_BINS, device=t.device).index_add(1, bins, values)
+# Log and pictures
 
 
 def mean_losses(sums, prefix=""):
-    """What by_time() added up as a line of the log: means over all images, and over each tenth."""
+    """What by_time() added up, as a line of the log: means over all images and over each tenth."""
     flow, repa, count = sums.sum(1).tolist()
-    tenths = [round(total / n, 6) if n and math.isfinite(total) else None      # JSON has no NaN
-              for total, _, n in sums.T.tolist()]
+    tenths = [round(loss / n, 6) if n and math.isfinite(loss) else None      # JSON has no NaN
+              for loss, _, n in sums.T.tolist()]
     aligned = {f"{prefix}repa": repa / count} if repa else {}
     return {f"{prefix}loss": flow / count, **aligned, f"{prefix}loss_by_t": tenths}
 
 
 @torch.no_grad()
-def validate(model, examples, device, batch=50, limit=500, signals=()):
-    """Flow matching losses of `limit` fixed validation images and their fixed noise, by time; t is
-    logit-normal around 0 whatever --time-mean, so that all runs can be compared."""
-    sums, count = torch.zeros(3, TIME_BINS, device=device), min(limit, len(examples.data))
-    for start in progress(range(0, count, batch), "validating", leave=False):
-        stop_if(signals)
-        chunk = default_collate([examples[k] for k in range(start, min(start + batch, count))])
-        x_0, y, noise, z, _ = examples.on_device(chunk, device)
-        t = logit_normal_time(z)
+def validate(model, data, batch=50, limit=500):
+    """Sums of by_time() over `limit` validation images with fixed noise.  t is logit-normal around
+    0 whatever --time-mean, so that runs can be compared."""
+    device, count = next(model.parameters()).device, min(limit, len(data))
+    examples, losses = Examples(data, 0, "val"), torch.zeros(3, BINS)
+    for start in tqdm(range(0, count, batch), "validating", leave=False):
+        pixels, y, z, _, k = default_collate(
+            [examples[k] for k in range(start, min(start + batch, count))])
+        x_0, t = to_model(pixels, device), logit_normal_time(z.to(device))
         with autocast(device):
-            sums += by_time(t, *flow_matching_loss(model, x_0, y, t, noise))
-    return sums
+            losses += by_time(t, *flow_matching_loss(model, x_0, y.to(device), t,
+                                                     draw_noise(x_0, 0, "val", k))).cpu()
+    return losses
 
 
-class Interrupted(Exception):
-    """Pictures are left unfinished: a signal waits for the training loop."""
+def write_pictures(out, step, ema, data, val_data, options):
+    """Validation loss into the log; samples-<step>.png, a class a row; loss.png.
 
-
-def stop_if(signals):
-    if signals:
-        raise Interrupted
-
-
-def write_pictures(out, step, ema, data, val_data, options, signals=()):
-    """Validation loss into the log, a grid of samples, the loss curve; cut short by a signal."""
-    device = next(ema.parameters()).device
-    try:
-        if val_data:
-            losses = validate(ema, Examples(val_data, 0, "val"), device,
-                              min(50, options.micro_batch), signals=signals)
-            write_log(out, step=step, **mean_losses(losses, "val_"))
-        write_samples(out, step, ema, data.names, options.seed, signals)
-    except Interrupted:
-        pass
-    draw_loss_curve(out, options.time_mean)
-
-
-def write_samples(out, step, ema, names, seed, signals=()):
-    """A grid of the EMA's images, a class a row: samples-<step>.png.  Drawn in a hurry: 20 steps,
-    where sample.py takes 100, and fewer images where they are large and the device is a CPU."""
+    The samples are drawn in a hurry: 20 steps, where sample.py takes 100, and fewer images where
+    they are large and the device is a CPU."""
+    if val_data:
+        losses = validate(ema, val_data, min(50, options.micro_batch))
+        write_log(out, step=step, **mean_losses(losses, "val_"))
     large = next(ema.parameters()).device.type == "cpu" and ema.config.image_size > 64
-    count, columns, steps = (min(4, len(names)), 1, 10) if large else (min(10, len(names)), 5, 20)
-    classes = [k * len(names) // count for k in range(count)]            # evenly among many
-    rows = [to_uint8(generate(ema, [c] * columns, range(columns), seed, sampler="ab2", steps=steps,
-                              cfg=2.0, watch=lambda *_: stop_if(signals)))
-            for c in progress(classes, "sampling", leave=False)]
-    picture = draw_grid(rows, [names[c] for c in classes])
-    save_atomically(out / f"samples-{step:08d}.png", lambda path: picture.save(path, "PNG"))
+    rows, columns, steps = (4, 1, 10) if large else (10, 5, 20)
+    count = min(rows, len(data.names))
+    classes = [k * len(data.names) // count for k in range(count)]       # evenly among many
+    images = [to_uint8(generate(ema, [c] * columns, range(k * columns, (k + 1) * columns),
+                                options.seed, sampler="ab2", steps=steps, cfg=2.0))
+              for k, c in enumerate(tqdm(classes, "sampling", leave=False))]
+    picture = draw_grid(np.concatenate(images), [data.names[c] for c in classes])
+    save_atomically(out / f"samples-{step:08d}.png", lambda partial: picture.save(partial, "PNG"))
+    draw_losses(out, options.time_mean)
 
 
 def write_log(out, **line):
-    """Append a line to log.jsonl; JSON has no NaN: null."""
+    """Append a line to log.jsonl; what is not finite becomes null."""
     line = {key: None if isinstance(x, float) and not math.isfinite(x) else x
             for key, x in line.items()}
     with (out / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())              # on the disk before any later checkpoint is
 
 
 def read_log(out):
     """The lines of log.jsonl, except those that a crash or a full disk cut short."""
     path, lines = out / "log.jsonl", []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
+            lines += [line] if isinstance(line["step"], int) else []
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
     return lines
 
 
-def draw_loss_curve(out, time_mean=0.0):
-    """loss.png: the loss by step, and by time at the end; of training, and of the EMA held out."""
-    import matplotlib
+def draw_losses(out, time_mean):
+    """loss.png: losses of training and of validation, a panel each because they draw t differently,
+    and both by t at the last step."""
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (by_step, by_t) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    lines, names = read_log(out), {"loss": f"training, logit t around {time_mean:g}",
-                                   "val_loss": "validation, EMA, logit t around 0"}
-    for key, style in (("loss", "-"), ("val_loss", "o-")):
-        points = [(line["step"], line[key], line[f"{key}_by_t"]) for line in lines
-                  if line.get(key) is not None]
-        if points:
-            steps, losses, tenths = zip(*points)
-            by_step.plot(steps, losses, style, label=names[key], markersize=3, linewidth=1)
-            heights = np.array(tenths[-1], dtype=float)
-            by_t.stairs(heights, np.linspace(0, 1, TIME_BINS + 1), label=names[key], baseline=None)
-    by_step.set(xlabel="step", ylabel="flow matching loss, Eq. (5)", yscale="log")
-    by_t.set(xlabel="t, from data to noise; at the last step", yscale="log")
-    for axes in (by_step, by_t):
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    by_t = panels[2]
+    for axes, key, name, colour in (
+            (panels[0], "loss", f"training, logit t around {time_mean:g}", "C0"),
+            (panels[1], "val_loss", "validation, EMA, logit t around 0", "C1")):
+        lines = [line for line in read_log(out) if line.get(key) is not None]
+        axes.set(title=name, xlabel="step")
+        if lines:
+            axes.plot([line["step"] for line in lines], [line[key] for line in lines], "o-",
+                      color=colour, markersize=3, linewidth=1)
+            by_t.stairs(np.array(lines[-1][f"{key}_by_t"], dtype=float),
+                        np.linspace(0, 1, BINS + 1), color=colour, label=name, baseline=None)
+            by_t.legend(fontsize=7)
+    panels[0].set_ylabel("flow matching loss, Eq. (5)")
+    by_t.set(title="both by t, at the last step", xlabel="t, from data to noise")
+    for axes in panels:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3, which="both")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
     save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
     plt.close(figure)
 
 
-def report_skipped(out, step, skipped, losses, processes):
-    """Say where an update was not finite; end the run after too many in a row, else return how
-    many there were."""
-    flow = processes.reduce(losses)[0].tolist()
-    where = [f"{k / TIME_BINS:.1f} to {(k + 1) / TIME_BINS:.1f}" for k in range(TIME_BINS)
-             if not math.isfinite(flow[k])]
-    what = f"the loss for t in {', '.join(where)}" if where else "the gradient, and no loss,"
-    if processes.rank == 0:
-        tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
-        write_log(out, step=step, skipped=what)
-    if skipped == MAX_SKIPPED:
-        raise FloatingPointError(
-            f"{skipped} updates in a row were not finite, the last at step {step}: {what}; last "
-            f"good checkpoint: {newest_up_to(out, step)}; try a lower --lr")
-    return skipped
+# -------------------------------------------------------------------------------------------------
+# Examples: their order, flips and random numbers depend on (seed, position in the run) alone
 
 
-def newest_up_to(out, step):
-    """The newest checkpoint at or before a step, or None.  Any later one is broken: newest_intact()
-    passed over it."""
-    name = f"ckpt-{step:08d}.pt"
-    return max((path for path in out.glob("ckpt-*.pt") if path.name <= name), default=None)
+class Examples(Dataset):
+    """Example k of a run: image, label, and the random numbers that time and dropout need."""
+
+    def __init__(self, data, seed, purpose="train"):
+        self.data, self.seed, self.purpose, self.epoch = data, seed, purpose, None
+
+    def index(self, k):
+        """Which image example k shows: every epoch is a new permutation."""
+        epoch, position = divmod(k, len(self.data))
+        if epoch != self.epoch:
+            generator = random_stream(self.seed, self.purpose, "epoch", epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator)
+        return int(self.order[position])
+
+    def __getitem__(self, k):
+        """uint8 (H, W, 3), label, z () ~ N(0, 1) for its time, u () ~ U(0, 1) for dropout, k"""
+        index, g = self.index(k), random_stream(self.seed, self.purpose, k)
+        z, (u, coin) = torch.randn((), generator=g), torch.rand(2, generator=g)
+        pixels, label = self.data[index]
+        if self.data.flip and self.purpose == "train" and coin < 0.5:
+            pixels = pixels[:, ::-1].copy()
+        return pixels, label, z, u, k
+
+
+def load_batches(options, data, first_step):
+    """This rank's part of every global batch from `first_step` on, in micro-batches."""
+    part = options.batch_size // dist.get_world_size()
+    starts = (step * options.batch_size + dist.get_rank() * part + k
+              for step in range(first_step, options.steps)
+              for k in range(0, part, options.micro_batch))
+    return iter(DataLoader(
+        Examples(data, options.seed), num_workers=options.workers, worker_init_fn=ignore_signals,
+        batch_sampler=(range(k, k + options.micro_batch) for k in starts),
+        pin_memory=torch.cuda.is_available()))
+
+
+def ignore_signals(worker):
+    """In a loader process: a signal to the whole process group must not end it before the step is
+    done.  The command kills its loaders when it ends."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# -------------------------------------------------------------------------------------------------
+# Images from a folder
+
+SPLITS = "train", "training", "val", "valid", "validation", "test", "testing"
+LAYOUTS = "train/<class>/*.jpg with val/<class>/*.jpg, or <class>/*.jpg, or *.jpg"
+
+
+class ImageFolder:
+    """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions; or
+    <root>/*.jpg, one class.  Raises ValueError for any other layout.
+
+    An unreadable image is named in a warning, once, and the next readable one stands in for it.
+    More than one, and more than 1 % of what a process has read, is an error.
+    """
+
+    flip = True
+
+    def __init__(self, root, size):
+        self.root, self.size = Path(root), size
+        self.files = list_images(root)
+        inside = [Path(file).relative_to(root).parts for file in self.files]
+        folders = sorted(path.name for path in self.root.iterdir()
+                         if path.is_dir() and path.name[0] != ".")
+        loose = [parts[0] for parts in inside if len(parts) == 1]
+        empty = set(folders) - {parts[0] for parts in inside}
+        split = next((parts[:n + 1] for parts in inside for n, part in enumerate(parts[:-1])
+                      if part.lower() in SPLITS), None)
+        deep = {parts[1] for parts in inside if len(parts) > 2}
+        if not self.files:
+            problem = "no images"
+        elif split:
+            problem = f"{'/'.join(split)}/, the name of a split, where a class should be"
+        elif loose and folders:
+            problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
+        elif empty:
+            problem = f"folders without images: {', '.join(sorted(empty)[:5])}"
+        elif (self.root / "dataset.json").exists() or all(
+                name.isdecimal() and len(name) >= 5 for name in folders) and folders:
+            problem = f"numbered folders, which are no classes: {', '.join(folders[:3])}"
+        elif len(folders) == 1 and len(deep) > 1 and all(len(parts) > 2 for parts in inside):
+            problem = f"one folder of folders: give {self.root / folders[0]} itself?"
+        else:
+            problem = None
+        if problem:
+            raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
+        named = self.root.resolve()          # flat DIR/train and DIR/val are both of class DIR
+        self.classes = folders or [(named.parent if named.name in SPLITS else named).name]
+        self.labels = [folders.index(parts[0]) if folders else 0 for parts in inside]
+        known = imagenet_names()
+        self.names = [known.get(name, name) for name in self.classes]
+        self.bad, self.read = set(), 0       # of this process
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        """uint8 (size, size, 3), label"""
+        for i in ((index + k) % len(self) for k in range(len(self))):
+            self.read += 1
+            try:
+                return read_image(self.files[i], self.size), self.labels[i]
+            except Exception as error:       # a broken file may raise anything
+                if is_of_the_system(error):
+                    raise
+                if i not in self.bad:
+                    tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
+                               f"stands in for it", file=sys.stderr)
+                self.bad.add(i)
+                if len(self.bad) > max(1, self.read / 100):
+                    break
+        names = ", ".join(self.files[i] for i in sorted(self.bad)[:5])
+        raise ValueError(f"--data {self.root}: {len(self.bad)} of the first {self.read} images are "
+                         f"unreadable, more than 1 %: {names}")
+
+
+def open_data(data, size):
+    """(training set, validation set or None): DIR/train and DIR/val if there, else DIR itself."""
+    if data is None:
+        return Shapes(size), Shapes(size, 1000, first=10**6)
+    root = Path(data)
+    if not root.is_dir():
+        raise ValueError(f"--data {data} is not a folder")
+    if not (root / "train").is_dir():
+        return ImageFolder(root, size), None
+    others = sorted(path.name for path in root.iterdir() if path.is_dir()
+                    and path.name[0] != "." and path.name not in ("train", "val", "test"))
+    if others:
+        raise ValueError(f"--data {data}: found train/ beside {', '.join(others[:3])}; a class or "
+                         f"a split?  Rename it, or move the others.  Expected {LAYOUTS}")
+    training = ImageFolder(root / "train", size)
+    validation = ImageFolder(root / "val", size) if (root / "val").is_dir() else None
+    differ = sorted(set(training.classes) ^ set(validation.classes)) if validation else ()
+    if differ:
+        raise ValueError(f"--data {data}: train/ and val/ have different classes; only one of them "
+                         f"has {', '.join(differ[:5])}.  Expected {LAYOUTS}")
+    return training, validation
+
+
+# -------------------------------------------------------------------------------------------------
+# REPA's encoder
+
+
+class Encoder:
+    """REPA's frozen teacher: a vision transformer from torch.hub with the interface of DINOv2."""
+
+    def __init__(self, name, repo, source, device):
+        mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's, DINOv2
+        self.mean, self.std = torch.tensor(mean_and_std, device=device)[:, :, None, None]
+        try:
+            net = torch.hub.load(repo, name, source=source)
+            self.net = net.to(device).eval().requires_grad_(False)
+            self.dim = self(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
+        except Exception as error:           # the repository's own code may raise anything
+            raise ValueError(f"--repa {name}: cannot use it from {repo}: {error}") from None
+
+    @torch.no_grad()
+    def __call__(self, x_0):
+        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w): one feature for 16 x 16 pixels"""
+        h, w = (max(1, round(side / 16)) for side in x_0.shape[-2:])
+        P = self.net.patch_size
+        x = F.interpolate((x_0 + 1) / 2, size=(h * P, w * P), mode="bicubic", antialias=True)
+        tokens = self.net.forward_features((x - self.mean) / self.std)["x_norm_patchtokens"]
+        return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+
+def load_encoder(options, device):
+    """The encoder of --repa, or None; the first process of a node fills the cache of torch.hub."""
+    if not options.repa:
+        return None
+    waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits:
+        dist.barrier()
+    encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
+    if not waits:
+        dist.barrier()
+    return encoder
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
 
 
-def announce(options, config, data, processes):
-    """The first lines: what is going to happen, and every setting."""
-    parameters, flops = cost(config)
-    world = processes.world
-    count = options.batch_size // world // options.micro_batch
-    print(f"{options.model or options.init}: {parameters / 1e6:.2f} M weights, {flops / 1e9:.3g} "
-          f"GFLOPs per forward pass, {processes.device}, {world} process{'es' * (world > 1)}")
-    print(f"{options.data or 'embedded shapes'}: {len(data)} images of {options.image_size} x "
-          f"{options.image_size} in {len(data.classes)} class{'es' * (len(data.classes) > 1)}")
-    print(f"{options.steps} steps of {options.batch_size} images in {count} "
-          f"micro-batch{'es' * (count > 1)} of {options.micro_batch} a process, into {options.out}")
-    days = 3 * flops * options.batch_size * options.steps / 5e10 / 86400
-    if processes.device.type == "cpu" and days > 2:
-        print(f"note: this is about {days:.0f} days of a CPU at 50 GFLOP/s; --steps, --batch-size, "
-              f"--image-size and --model make it less")
-    for kind, settings in (("options", options), ("config", config)):
-        pairs = asdict(settings).items()
-        print(f"{kind}: " + " ".join(f"{key}={value}" for key, value in pairs if value is not None))
+def announce(options, model, data, device):
+    """The first lines: what is going to happen."""
+    world = dist.get_world_size()
+    if not options.data:
+        print("no --data DIR: training on drawn shapes")
+    if options.model == "DiP-Nano/16" and options.data:
+        print("the small DiP-Nano/16, made for a CPU; --model chooses another")
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{options.model or options.init}: {weights / 1e6:.2f} M weights, on {world} x {device}")
+    print(f"{options.data or 'shapes'}: {len(data)} images of {options.image_size} x "
+          f"{options.image_size}, classes: {len(data.classes)}")
+    print(f"{options.steps} steps of {options.batch_size} images, {options.micro_batch} at a time "
+          f"on each process, into {options.out}")
+    if options.micro_batch < min(8, options.batch_size // world):
+        print(f"note: --batch-size {options.batch_size} has no larger divisor up to 32; a rounder "
+              f"number is faster")
 
 
 def main():
-    options = parse_options(TrainOptions, __doc__)
-    processes = start_processes(options.device)
-    given, info = load_model(options.init, "cpu") if options.init else (None, None)
-    config = configure(options, processes, given and (
+    options = parse()
+    device = start_processes(options.device)
+    rank = dist.get_rank()
+    given, info = load_model(options.init) if options.init else (None, None)
+    config = configure(options, device, given and (
         given.config, info["options"].get("model", "")))
+    out = Path(options.out)
+    if options.data and out.resolve().is_relative_to(Path(options.data).resolve()):
+        raise ValueError(f"--out {out} is inside --data {options.data}: its pictures would become "
+                         f"training images; choose another --out")
     data, val_data = open_data(options.data, options.image_size)
-    encoder = load_encoder(options, processes)
+    encoder = load_encoder(options, device)
     config = config.replace(num_classes=len(data.classes), repa_dim=encoder.dim if encoder else 0)
-    choose_micro_batch(options, config, processes)
-    if processes.rank == 0:
-        announce(options, config, data, processes)
-        if given and info["classes"] != data.classes and len(info["classes"]) == len(data.classes):
-            print(f"note: --init {options.init}: its classes have other names than those of --data")
-    out, weights = Path(options.out), given and given.state_dict()
-    with locked(out) if processes.rank == 0 else nullcontext():
-        with noted_signals() as signals:
-            _, done = fit(options, config, data, val_data, processes, encoder, signals,
-                          initial=weights)
-    code = 128 + max(signals, default=signal.SIGTERM) if done < options.steps else 0     # as shells
-    if processes.rank > 0:
-        return code
-    if code:
-        print(f"stopped by a signal after step {done}; the same command continues from "
-              f"{newest_up_to(out, done) or 'the beginning'}")
-        return code
-    ckpt = "" if out.parts[:1] == ("runs",) else f" --ckpt {shlex.quote(str(out))}"
-    pictures = [path for path in (out / f"samples-{done:08d}.png", out / "loss.png")
-                if path.exists()]
-    look = f": look at {' and '.join(map(str, pictures))}" if pictures else ""
-    print(f"done{look}; next:\n"
-          f"    python sample.py{ckpt} --class {shlex.quote(data.names[0])}")
+    torch.manual_seed(options.seed)          # the same weights on every rank
+    model = DiP(config).to(device)
+    if given:
+        start_from(model, given, options.init)
+        del given
+    with locked(out) if rank == 0 else nullcontext(), noted_signals() as signals:
+        if rank == 0:
+            announce(options, model, data, device)
+        _, done = fit(model, options, data, val_data, encoder, signals)
+    if done < options.steps:
+        if rank == 0:
+            print(f"stopped by a signal after step {done}; the same command continues")
+        return 128 + max(signals, default=signal.SIGTERM)    # as shells do
+    if rank == 0:
+        ckpt = "" if out.parts[:1] == ("runs",) else f" --ckpt {shlex.quote(str(out))}"
+        pictures = [str(path) for path in (out / f"samples-{done:08d}.png", out / "loss.png")
+                    if path.exists()]
+        print(f"done: {out} is at step {done}; look at {' and '.join(pictures) or out}; next:\n"
+              f"    python sample.py{ckpt} --class 0")
+
+
+# -------------------------------------------------------------------------------------------------
+# Drawn shapes: data without a download.  A class is a shape that spans many patches, filled with a
+# texture finer than a patch.  Every shape comes with two textures and every texture on two shapes,
+# so neither the global structure nor the local detail alone tells the class.
+
+SHAPES = ("disc", "ring", "triangle", "cross", "star")
+TEXTURES = ("striped", "checked", "dotted", "zigzag", "gridded")
+PALETTES = np.array([    # RGB of background, dark, light
+    [[244, 239, 230], [29, 53, 87], [142, 202, 230]],
+    [[253, 240, 213], [120, 0, 0], [244, 162, 97]],
+    [[233, 245, 219], [49, 87, 44], [167, 201, 87]],
+    [[243, 232, 255], [60, 9, 108], [199, 125, 255]],
+    [[224, 251, 252], [41, 50, 65], [238, 108, 77]],
+    [[255, 243, 176], [51, 92, 103], [224, 159, 62]]], dtype=np.float32)
+
+
+def signed_distance(shape, x, y):
+    """Distance to the outline of a shape of radius about 1, negative inside.  x, y (H, W)"""
+    if shape == "disc":
+        return np.hypot(x, y) - 1
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.72) - 0.28
+    if shape == "triangle":
+        return np.maximum(y, np.abs(x) * np.cos(np.pi / 6) - y / 2) - 0.6
+    if shape == "cross":
+        a, b = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+        return np.maximum(a - 0.95, b - 0.32)
+    # star: fold the plane onto one half of one point, then the distance to that point's edge
+    sector, inner = np.pi / 5, 0.48
+    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
+    radius = np.hypot(x, y)
+    edge = np.array([inner * np.cos(sector) - 1, inner * np.sin(sector)])
+    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    return 1.05 * ((radius * np.cos(angle) - 1) * normal[0] + radius * np.sin(angle) * normal[1])
+
+
+def texture_wave(texture, p, q):
+    """A field whose sign is the texture, of slope about 1.  p, q (H, W): phases across and down."""
+    if texture == "striped":
+        return np.sin((p + q) * 0.6)
+    if texture == "checked":
+        return 1.6 * np.sin(0.7 * p) * np.sin(0.7 * q)
+    if texture == "dotted":
+        return np.cos(0.85 * p) + np.cos(0.85 * q) - 0.55
+    if texture == "zigzag":
+        return np.sin(0.8 * q + 1.8 * np.arcsin(np.sin(0.45 * p)))
+    return 1.8 * np.maximum(np.cos(0.85 * p), np.cos(0.85 * q)) - 1.1    # gridded
+
+
+class Shapes:
+    """Ten classes of textured shapes, deterministic by index, at any resolution, antialiased."""
+
+    pairs = [(SHAPES[k // 2], TEXTURES[(k // 2 + k % 2) % 5]) for k in range(10)]
+    names = [f"{texture} {shape}" for shape, texture in pairs]
+    classes = names
+    flip = False
+
+    def __init__(self, size, length=50_000, first=0):
+        self.size, self.length, self.first = size, length, first
+        side = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+        self.x, self.y = np.meshgrid(side, side)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        """uint8 (size, size, 3), label"""
+        shape, texture = self.pairs[index % 10]
+        rng = np.random.default_rng((2511, self.first + index))
+        dx, dy, turn = rng.uniform(-1, 1, 3).astype(np.float32) * (0.1, 0.1, 0.2)
+        radius = rng.uniform(0.75, 0.85)
+        background, dark, light = PALETTES[rng.integers(len(PALETTES))]
+        x, y = (self.x - dx) / radius, (self.y - dy) / radius
+        x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        distance = signed_distance(shape, x, y) * radius * self.size / 2     # in pixels
+        inside = np.clip(0.5 - distance, 0, 1)[..., None]
+        p, q = (2 * np.pi * (4.5 * axis + rng.uniform(-0.15, 0.15)) for axis in (self.x, self.y))
+        sharpness = self.size / 53                           # a soft edge of about one pixel
+        ink = np.clip(0.5 + sharpness * texture_wave(texture, p, q), 0, 1)[..., None]
+        picture = background + inside * (dark + ink * (light - dark) - background)
+        return (picture + 0.5).astype(np.uint8), index % 10
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(main)

@@ -4,8 +4,10 @@ from commands import TINY, run
 from hypothesis import settings
 
 import train
+from sample import start_processes
 
 torch.set_num_threads(1)                                     # two are slower on a busy machine
+start_processes("cpu")                                       # as every command does first
 settings.register_profile("any machine", deadline=None)      # laws are not timed
 settings.load_profile("any machine")
 
@@ -17,13 +19,6 @@ def pytest_addoption(parser):
 @pytest.fixture
 def kills(request):
     return request.config.getoption("--kills")
-
-
-@pytest.fixture(autouse=True)
-def subnormal_numbers():
-    """A command flushes them to 0, which Hypothesis refuses: off again after each test."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
-import dataset
+import sample
 import train
 
-draw_batch = dataset.Examples.on_device
+draw_noise = train.draw_noise
 
 
 def main():
@@ -19,20 +18,19 @@ def main():
     value, spoilt = float(sys.argv[1]), [int(word) for word in sys.argv[2:end]]
     sys.argv = [sys.argv[0], *sys.argv[end + 1:]]
 
-    def draw_spoilt_batch(examples, batch, device):
-        x_0, y, noise, z, u = draw_batch(examples, batch, device)
-        positions = batch[-1].tolist()
-        for row, k in enumerate(positions):
-            if k in spoilt and examples.purpose == "train":
+    def draw_spoilt_noise(x_0, seed, purpose, examples):
+        noise = draw_noise(x_0, seed, purpose, examples)
+        for row, k in enumerate(examples.tolist()):
+            if k in spoilt and purpose == "train":
                 noise[row, 0, 0, 0] = value
-        return x_0, y, noise, z, u
+        return noise
 
-    dataset.Examples.on_device = draw_spoilt_batch
+    train.draw_noise = draw_spoilt_noise
     try:
         return train.main()
     finally:
-        dataset.Examples.on_device = draw_batch
+        train.draw_noise = draw_noise
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    sample.run(main)
