@@ -228,7 +228,9 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
     first, unlogged = resume(model, ema, optimizer, options, data)
     net = prepare(model, options)
     batches = load_batches(options, data, first)
-    skipped, since, clock = 0, first, time.time()
+    done, skipped, since, clock = first, 0, first, time.time()
+    if rank == 0:
+        write_log(out, step=first, options=vars(options), config=asdict(model.config))
     bar = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0)
     for step in bar:
         losses, norm = training_step(net, ema, optimizer, batches, step, options, encoder)
@@ -283,19 +285,22 @@ def prepare(model, options):
 
 def save_checkpoint(model, ema, optimizer, options, data, step, unlogged):
     """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond --keep."""
-    out = Path(options.out)
-    path = out / f"ckpt-{step:08d}.pt"
     check_finite(model.state_dict())
+    path = Path(options.out, f"ckpt-{step:08d}.pt")
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  step=step, unlogged=unlogged, config=asdict(model.config), options=vars(options),
-                 images=len(data), classes=data.classes, names=data.names)
+                 run=identity(model, options, data), classes=data.classes, names=data.names)
     save_atomically(path, lambda partial: torch.save(state, partial))
-    for old in [file for file in sorted(out.glob("ckpt-*.pt")) if file <= path][:-options.keep]:
+    saved = [file for file in sorted(path.parent.glob("ckpt-*.pt")) if file <= path]
+    for old in saved[:-options.keep]:
         old.unlink()
 
 
-FIXED = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"    # options of a run
-FREE = "steps", "lr", "warmup", "cooldown", "clip", "data"                   # may change
+def identity(model, options, data):
+    """What may not change when a run is resumed."""
+    fixed = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
+    return {**asdict(model.config), **{name: getattr(options, name) for name in fixed},
+            "classes": data.classes, "number of images": len(data)}
 
 
 def resume(model, ema, optimizer, options, data):
@@ -305,31 +310,26 @@ def resume(model, ema, optimizer, options, data):
     if not path:
         return 0, torch.zeros(3, BINS)
     state = read_file(path)
-
-    def identity(config, options, classes, images):
-        return {**config, **{"--" + name.replace("_", "-"): options.get(name) for name in FIXED},
-                "classes": classes, "number of images": images}
-
-    then = identity(state["config"], state["options"], state["classes"], state.get("images"))
-    now = identity(asdict(model.config), vars(options), data.classes, len(data))
-    differ = [f"{key}={str(then.get(key)):.60} there, {str(now[key]):.60} here"
-              for key in now if then.get(key) != now[key]]
-    if differ:
-        raise ValueError(f"{path} is of another run ({'; '.join(differ)}); choose another --out")
-    with in_one_line(f"{path} does not fit"):
+    with in_one_line(f"{path} does not fit; choose another --out"):
+        then, now = state["run"], identity(model, options, data)
+        differ = [f"{key}={then.get(key)!s:.60} there, {now[key]!s:.60} here"
+                  for key in now if then.get(key) != now[key]]
+        assert not differ, "; ".join(differ)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)   # lr and the like stay those of the options
         step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
+        old = state["options"]
     if rank == 0:
-        for partial_file in out.glob(".*.partial"):          # what a killed run left
-            partial_file.unlink()
+        for leftover in out.glob(".*.partial"):              # of a killed run
+            leftover.unlink()
         kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
         save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
-        print(f"resumed at step {step}" + "".join(
-            f"; --{name} {state['options'].get(name)} -> {getattr(options, name)}"
-            for name in FREE if state["options"].get(name) != getattr(options, name)))
+        changed = [f"; --{name} {old.get(name)} -> {getattr(options, name)}"
+                   for name in ("steps", "lr", "warmup", "cooldown", "clip", "data", "init")
+                   if old.get(name) != getattr(options, name)]
+        print(f"resumed at step {step}" + "".join(changed))
     return step, unlogged
 
 
@@ -441,6 +441,7 @@ def write_log(out, **line):
     """Append a line to log.jsonl; what is not finite becomes null."""
     line = {key: None if isinstance(x, float) and not math.isfinite(x) else x
             for key, x in line.items()}
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -659,38 +660,17 @@ class Encoder:
 
 
 def load_encoder(options, device):
-    """The encoder of --repa, or None; the first process of a node fills the cache of torch.hub."""
-    if not options.repa:
-        return None
-    waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if waits:
-        dist.barrier()
-    encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
-    if not waits:
+    """The encoder of --repa, or None.  One process of a node fills the cache of torch.hub."""
+    encoder, first = None, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in (True, False) if options.repa else ():
+        if turn == first:
+            encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
         dist.barrier()
     return encoder
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
-
-
-def announce(options, model, data, device):
-    """The first lines: what is going to happen."""
-    world = dist.get_world_size()
-    if not options.data:
-        print("no --data DIR: training on drawn shapes")
-    if options.model == "DiP-Nano/16" and options.data:
-        print("the small DiP-Nano/16, made for a CPU; --model chooses another")
-    weights = sum(p.numel() for p in model.parameters())
-    print(f"{options.model or options.init}: {weights / 1e6:.2f} M weights, on {world} x {device}")
-    print(f"{options.data or 'shapes'}: {len(data)} images of {options.image_size} x "
-          f"{options.image_size}, classes: {len(data.classes)}")
-    print(f"{options.steps} steps of {options.batch_size} images, {options.micro_batch} at a time "
-          f"on each process, into {options.out}")
-    if options.micro_batch < min(8, options.batch_size // world):
-        print(f"note: --batch-size {options.batch_size} has no larger divisor up to 32; a rounder "
-              f"number is faster")
 
 
 def main():
@@ -714,7 +694,15 @@ def main():
         del given
     with locked(out) if rank == 0 else nullcontext(), noted_signals() as signals:
         if rank == 0:
-            announce(options, model, data, device)
+            weights = sum(p.numel() for p in model.parameters()) / 1e6
+            print(f"{options.model or options.init}: {weights:.2f} M weights, on "
+                  f"{dist.get_world_size()} x {device.type}\n"
+                  f"{options.data or 'no --data DIR, so drawn shapes'}: {len(data)} images of "
+                  f"{options.image_size} x {options.image_size}, classes: {len(data.classes)}\n"
+                  f"{options.steps} steps of {options.batch_size} images, {options.micro_batch} at "
+                  f"a time on each process, into {out}")
+            if options.data and options.model in RECIPES:
+                print(f"{options.model} is small, for a CPU; --model chooses another")
         _, done = fit(model, options, data, val_data, encoder, signals)
     if done < options.steps:
         if rank == 0:
