@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -479,8 +480,11 @@ def draw_losses(out, time_mean):
     by_t.set(title="both by t, at the last step", xlabel="t, from data to noise")
     for axes in panels:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3, which="both")
     save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
