@@ -408,7 +408,17 @@ MIN_TIME = 0.05          # prediction="x", after JiT (2511.13720): v = (x_t - x)
 
 
 class DiP(nn.Module):
-    """Velocity field of Eq. (5): a DiT over patches, refined by a Patch Detailer Head."""
+    """Velocity field of Eq. (5): a DiT over patches, refined by a Patch Detailer Head.
+
+    | tensor                                  | initialisation                                |
+    |-----------------------------------------|-----------------------------------------------|
+    | patch embedding                         | Xavier uniform, bias 0 (release)              |
+    | label table, both weights of time's MLP | normal, deviation 0.02 (release)              |
+    | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
+    | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
+    | inject_embed, from detail to tokens     | 0: at first, an injection adds nothing        |
+    | everything else, adaLN too, unlike DiT  | PyTorch's default, norms 1 (release)          |
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -431,20 +441,7 @@ class DiP(nn.Module):
             self.repa_projector = nn.Sequential(             # unspecified [REPA]: the release's
                 nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(),
                 nn.Linear(D, config.repa_dim))
-        self.initialize_weights()
-
-    def initialize_weights(self):
-        """Initialise the backbone; each head has initialised itself.
-
-        | tensor                                  | initialisation                                |
-        |-----------------------------------------|-----------------------------------------------|
-        | patch embedding                         | Xavier uniform, bias 0 (release)              |
-        | label table, both weights of time's MLP | normal, deviation 0.02 (release)              |
-        | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
-        | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
-        | inject_embed, from detail to tokens     | 0: at first, an injection adds nothing        |
-        | everything else, adaLN too, unlike DiT  | PyTorch's default, norms 1 (release)          |
-        """
+        # initialisation
         nn.init.xavier_uniform_(self.embed.weight)
         nn.init.zeros_(self.embed.bias)
         for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
@@ -644,8 +641,7 @@ PRESETS = {
     "DiP-XL/16-coordinate": XL.replace(head="coordinate"),
     "DiP-XL/16-attention": XL.replace(head="attention"),
     "DiP-XL/32": XL.replace(image_size=512, patch_size=32),
-    # also released
-    "DiP-L/16": XL.replace(hidden_size=1024, depth=22),
+    "DiP-L/16": XL.replace(hidden_size=1024, depth=22),      # also released
     # smaller: the sizes of ViT-B, -S and -Ti, with narrower heads
     "DiP-B/16": XL.replace(hidden_size=768, depth=12, num_heads=12, head_width=32),
     "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
