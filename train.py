@@ -223,7 +223,6 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
     look(out, step, ema, data, val_data, options) draws the pictures, every --sample-every steps.
     """
     out, rank, look = Path(options.out), dist.get_rank(), look or write_pictures
-    device = next(model.parameters()).device
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
     first, unlogged = resume(model, ema, optimizer, options, data)
