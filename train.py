@@ -308,6 +308,7 @@ def resume(model, ema, optimizer, options, data):
     out, rank = Path(options.out), dist.get_rank()
     path = on_rank_0(newest_intact, out, True)
     if not path:
+        on_rank_0(clean, out, 0)
         return 0, torch.zeros(3, BINS)
     state = read_file(path)
     with in_one_line(f"{path} does not fit; choose another --out"):
@@ -322,15 +323,20 @@ def resume(model, ema, optimizer, options, data):
         step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
         old = state["options"]
     if rank == 0:
-        for leftover in out.glob(".*.partial"):              # of a killed run
-            leftover.unlink()
-        kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
-        save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
+        clean(out, step)
         changed = [f"; --{name} {old.get(name)} -> {getattr(options, name)}"
                    for name in ("steps", "lr", "warmup", "cooldown", "clip", "data", "init")
                    if old.get(name) != getattr(options, name)]
         print(f"resumed at step {step}" + "".join(changed))
     return step, unlogged
+
+
+def clean(out, step):
+    """Remove what a killed run left: half-written files, and lines of the log after `step`."""
+    for path in out.glob(".*.partial"):
+        path.unlink()
+    kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
+    save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
 
 
 @contextmanager
