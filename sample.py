@@ -454,12 +454,14 @@ def load_model(path, device="cpu", ema=True):
     state = read_file(path)
     with in_one_line(f"{path} is neither a checkpoint of train.py nor weights of a released DiP"):
         if "config" in state:
-            config, weights = DiPConfig(**state["config"]), state["ema" if ema else "model"]
-            info = {key: state[key] for key in INFO}
-            if not [*map(type, info["classes"] + info["names"])] == [str] * 2 * config.num_classes:
+            weights, info = state["ema" if ema else "model"], {key: state[key] for key in INFO}
+            if state["config"]["depth"] + state["config"]["head_depth"] > len(weights):
+                raise ValueError("it has too few weights for its depth")
+            config, texts = DiPConfig(**state["config"]), info["classes"] + info["names"]
+            if len(texts) != 2 * config.num_classes or {*map(type, texts)} != {str}:
                 raise ValueError(f"classes and names are not {config.num_classes} texts each")
         else:
-            weights = {re.sub(r"^module\.|_orig_mod\.", "", name): weight
+            weights = {re.sub(r"\b(module|_orig_mod)\.", "", name): weight
                        for name, weight in state.get("state_dict", state).items()}
             prefix = "ema_denoiser." if ema else "denoiser."
             if any("denoiser." in name for name in weights):
@@ -492,14 +494,14 @@ def check_finite(weights):
 def find_checkpoint(given=None):
     """Path of a checkpoint: the file given, or the newest below the folder given or runs/, or our
     own small weights."""
-    path = Path(given or "runs")
-    if given and not path.is_dir():
+    path = Path("runs" if given is None else given)
+    if given is not None and not path.is_dir():
         return path
     newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
-    if newest is None and given:
+    if newest is None and given is not None:
         files = [str(file) for file in sorted(path.rglob("*")) if file.is_file()]
-        raise ValueError(f"no ckpt-*.pt of train.py under {path}, which holds "
-                         f"{', '.join(files[:5]) or 'no file'}; give a file of weights, or train")
+        raise ValueError(f"no ckpt-*.pt of train.py under {path}; give a file of weights, or "
+                         f"train; it holds {', '.join(files[:5]) or 'no file'}")
     return newest_intact(newest.parent) if newest else OUR_WEIGHTS
 
 

@@ -329,7 +329,8 @@ def resume(model, ema, optimizer, options, data):
         ema.load_state_dict(state["ema"])
         moments = copy.deepcopy(state["optimizer"]["state"])             # leaves the mapped file
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
+        step = state["step"]
+        unlogged = torch.zeros(3, BINS) + state["unlogged"] * (rank == 0)    # the sum of all ranks
         old = state["options"]
     if rank == 0:
         clean(out, step)
@@ -399,8 +400,9 @@ def start_from(model, given, path):
                   f"{model.config.num_classes}; the null class is kept")
     if given.config.repa_dim != model.config.repa_dim:
         weights = {name: w for name, w in weights.items() if not name.startswith("repa_projector.")}
+    new = {name: w for name, w in fresh.items() if name.startswith(("label.", "repa_projector."))}
     with in_one_line(f"--init {path} does not fit the model"):
-        model.load_state_dict({**fresh, **weights})
+        model.load_state_dict({**new, **weights})
 
 
 # -------------------------------------------------------------------------------------------------
