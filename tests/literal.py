@@ -91,16 +91,15 @@ def swiglu(w, x):
 
 
 def convolution(w, x):
-    """3 x 3: output (i, j) is the sum over the window around (i, j); outside the map it is dark."""
+    """3 x 3: output (i, j) is the sum over the window around (i, j); outside, the map is 0."""
     _, H, W = x.shape
-    y = np.zeros((len(w["weight"]), H, W))
-    for i in range(H):
-        for j in range(W):
-            y[:, i, j] = w["bias"]
-            for u in (-1, 0, 1):
-                for v in (-1, 0, 1):
-                    if 0 <= i + u < H and 0 <= j + v < W:
-                        y[:, i, j] += w["weight"][:, :, 1 + u, 1 + v] @ x[:, i + u, j + v]
+    y = np.zeros((len(w["weight"]), H, W)) + w["bias"][:, None, None]
+    for u in (-1, 0, 1):
+        for v in (-1, 0, 1):
+            weight = w["weight"][:, :, 1 + u, 1 + v].copy()
+            for i, j in np.ndindex(H, W):
+                if 0 <= i + u < H and 0 <= j + v < W:
+                    y[:, i, j] += weight @ x[:, i + u, j + v]
     return y
 
 
@@ -117,8 +116,10 @@ def transposed_convolution(w, x):
     """2 x 2, stride 2: pixel (i, j) is scattered over the square (2i, 2j) ... (2i + 1, 2j + 1)."""
     _, H, W = x.shape
     y = np.zeros((w["weight"].shape[1], 2 * H, 2 * W)) + w["bias"][:, None, None]
-    for i, j, u, v in np.ndindex(H, W, 2, 2):
-        y[:, 2 * i + u, 2 * j + v] += w["weight"][:, :, u, v].T @ x[:, i, j]
+    for u, v in np.ndindex(2, 2):
+        weight = w["weight"][:, :, u, v].T.copy()
+        for i, j in np.ndindex(H, W):
+            y[:, 2 * i + u, 2 * j + v] += weight @ x[:, i, j]
     return y
 
 
