@@ -221,7 +221,7 @@ def test_shapes_that_contradict_each_other_end_in_one_line(tmp_path):
     taking the first rows, and reshaping what has the right size by accident."""
     weights, path = release_weights(**SMALL | dict(depth=1, C=1)), tmp_path / "file.pt"
     for name, weight in weights.items():
-        for changed in (weight[:1], weight.flatten(), weight[..., None],
+        for changed in (weight[:1], weight.flatten(),
                         torch.cat([weight, weight], dim=-1)):
             if changed.shape != weight.shape:
                 line_of(path, weights | {name: changed})
