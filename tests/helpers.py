@@ -1,4 +1,4 @@
-"""What several chapters need: small networks without a zero, the release's layout, damaged files."""
+"""What several chapters need: small networks, the layout of the release, damaged files."""
 
 import zlib
 from contextlib import contextmanager
@@ -129,8 +129,8 @@ def release_shapes(D=8, heads=2, depth=2, classes=3, P=16, C=64):
 
 
 def release_weights(**sizes):
-    """The authors' state dict.  Each weight is a function of its name and shape, because release.npz
-    was recorded with these: norms around 1, small biases, the others scaled by their inputs."""
+    """A state dict like the authors'.  release.npz was recorded with these weights, so each is a
+    function of its name: norms around 1, small biases, the others scaled by their inputs."""
     weights = {}
     for name, shape in release_shapes(**sizes).items():
         z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)

@@ -8,7 +8,7 @@ import literal
 import numpy as np
 import pytest
 import torch
-from helpers import (SMALL, VARIANTS, awake, batch, configurations, float64, influence, shake)
+from helpers import SMALL, VARIANTS, awake, batch, configurations, float64, influence, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,8 +103,8 @@ def test_every_patch_depends_on_every_other_through_the_backbone(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("prediction", ["v", "x"])
-def test_times_of_any_precision_give_a_float32_velocity(dtype, prediction):
-    """Catches angles in bfloat16, and float64 angles that meet float32 weights."""
+def test_times_of_any_precision_give_the_same_velocity(dtype, prediction):
+    """Catches angles in bfloat16, and float64 angles that meet float32 weights in an error."""
     model = awake(SMALL.replace(prediction=prediction))
     x, t, y = batch(SMALL)
     t = t.to(dtype)
@@ -125,7 +125,7 @@ def test_neighbouring_times_have_neighbouring_embeddings():
 
 # --- sizes ----------------------------------------------------------------------------------------
 
-SIZES = {                # preset: image and patch size, attention heads, parameters, paper's millions
+SIZES = {        # preset: image and patch size, attention heads, parameters, the paper's millions
     "DiT-XL/16": (256, 16, 16, 628_563_360, 629),
     "DiT-XL-deep/16": (256, 16, 16, 771_953_664, 772),
     "DiT-XL-1280/16": (256, 16, 16, 775_539_008, 776),

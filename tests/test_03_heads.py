@@ -1,7 +1,7 @@
-"""Chapter 3.  The law of heads: a head sees one patch at a time, its noisy pixels and its token, and
-returns its pixels.  Every parameter starts by one table, and a new head is a class and a line.
+"""Chapter 3.  The law of heads: a head sees one patch at a time, its noisy pixels and its token,
+and returns its pixels.  Every parameter starts by one table, and a new head is a class and a line.
 
-That each head is its formula, at each placement, is in chapter 2."""
+Chapter 2 compares each head, at each placement, with its formula."""
 
 import re
 

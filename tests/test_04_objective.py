@@ -1,6 +1,6 @@
 """Chapter 4.  The law of the objective: on the straight line from an image to noise the network
-learns the slope.  Labels are sometimes hidden, REPA aligns the tokens of one block with the features
-of a frozen encoder, and every weight is moved by the true gradient of this loss."""
+learns the slope.  Labels are sometimes hidden, REPA aligns the tokens of one block with the
+features of a frozen encoder, and every weight follows the true gradient of this loss."""
 
 import literal
 import pytest
@@ -108,7 +108,7 @@ def test_features_in_low_precision_are_compared_in_float32():
 
 @pytest.mark.parametrize("depth", [1, 7, 8, 10])
 def test_alignment_trains_the_blocks_up_to_the_eighth_and_no_later_one(depth):
-    """As in the release, whose loss is flow + 0.5 repa.  A shorter network aligns its last block."""
+    """As in the release, whose loss is flow + 0.5 repa.  A short network aligns its last block."""
     assert (REPA_BLOCK, REPA_WEIGHT) == (8, 0.5)
     config = SMALL.replace(depth=depth, repa_dim=6)
     model = awake(config)
@@ -125,7 +125,8 @@ def test_only_alignment_adds_a_projector():
                      for config in (SMALL.replace(repa_dim=6), SMALL))
     assert shapes.keys() - plain.keys() == {
         f"repa_projector.{k}.{kind}" for k in (0, 2, 4) for kind in ("weight", "bias")}
-    assert [shapes[f"repa_projector.{k}.weight"] for k in (0, 2, 4)] == [(16, 16), (16, 16), (6, 16)]
+    assert [shapes[f"repa_projector.{k}.weight"] for k in (0, 2, 4)] == [
+        (16, 16), (16, 16), (6, 16)]
 
 
 # --- the gradient ---------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ CASES = [("none", "post-hoc", "v"), ("none", "post-hoc", "x"), ("unet on the ima
 
 @pytest.mark.parametrize("head, placement, prediction", CASES)
 def test_every_parameter_gets_the_gradient_of_finite_differences(head, placement, prediction):
-    """The loss that is trained on, flow + 0.5 repa, of one image with a label and one without.  Each
+    """Training's loss L, flow + 0.5 repa, of one image with a label and one without.  Each
     parameter p moves along a random u of length 1: grad . u = (L(p + hu) - L(p - hu)) / 2h, where
     the third derivative and the rounding of L together add less than 1e-9.
 

@@ -1,5 +1,5 @@
-"""Chapter 5.  The law of the release: the authors' weights, in their names and conventions, give the
-authors' velocities through dip.py.  release.npz holds what their network answered."""
+"""Chapter 5.  The law of the release: the authors' weights, in their names and conventions, give
+the authors' velocities through dip.py.  release.npz holds the outputs of their network."""
 
 import dataclasses
 import sys

@@ -1,7 +1,7 @@
 """Chapter 10.  The law of devices: a GPU finds bfloat16 where it is fast, float32 where digits
 matter, and no needless compilation.
 
-No GPU is needed.  bf16 autocast runs on a CPU, and fake tensors have types and shapes but no values.
+No GPU is needed: bf16 autocast runs on a CPU, and fake tensors have types and shapes alone.
 """
 
 import copy
@@ -68,7 +68,7 @@ def test_training_validation_and_sampling_run_the_network_under_autocast(monkeyp
 
 
 class Precise(TorchFunctionMode):
-    """Inside, what normalises must receive and return float32: norms, generated weights, cosines."""
+    """Inside, what normalises must take and return float32: norms, generated weights, cosines."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
