@@ -147,7 +147,7 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
     size = size or model.config.image_size
     H, W = (size, size) if isinstance(size, int) else size
     indices = range(len(y)) if indices is None else indices
-    streams = [random_stream(seed, "sample", int(i)) for i in indices]
+    streams = [random_stream(int(seed), "sample", int(i)) for i in indices]
 
     def noise():
         drawn = torch.empty(len(streams), 3, H, W)           # on the CPU: the same for any device
