@@ -135,17 +135,21 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
     sense, FloatingPointError where the images diverge.
     """
     K, device = model.config.num_classes, next(model.parameters()).device
-    y = torch.as_tensor(labels, device=device)
-    if y.ndim != 1 or y.is_floating_point() or not ((0 <= y) & (y <= K)).all():
-        raise ValueError(f"labels={labels!r} must be whole numbers from 0 to {K}, the null class; "
-                         f"find_class() turns a name into one")
+    given = " ".join(str(labels).split())[:60]
+    with in_one_line(f"labels={given} must be whole numbers from 0 to {K}, the null class; "
+                     f"find_class() turns a name into one"):
+        y = torch.as_tensor(labels, device=device)
+        assert y.ndim == 1 and not y.is_floating_point() and ((0 <= y) & (y <= K)).all(), (
+            f"{y.dtype} of shape {tuple(y.shape)}")
     check_choice("sampler", sampler, SAMPLERS)
     if not steps >= 1 or not math.isfinite(cfg):
         raise ValueError(f"steps={steps} must be at least 1, and cfg={cfg} finite")
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval={interval} must be (low, high) with 0 <= low <= high <= 1")
-    size = size or model.config.image_size
-    H, W = (size, size) if isinstance(size, int) else size
+    size = model.config.image_size if size is None else size
+    H, W = (int(side) for side in np.broadcast_to(size, 2))
+    for side in (H, W):
+        check_multiple("size", side, model.config.patch_size, "patch_size")
     indices = range(len(y)) if indices is None else indices
     streams = [random_stream(int(seed), "sample", int(i)) for i in indices]
 
