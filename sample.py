@@ -692,7 +692,7 @@ def number(kind, low=-math.inf, high=math.inf):
 ADVICE = {                                   # a pattern in torch's errors: what the user can do
     "shared memory|Bus error": "out of shared memory: fewer --workers, or docker's --shm-size",
     "DataLoader worker": "a loader process was killed; out of memory? Fewer --workers",
-    "out of memory|allocate memory|^MemoryError":
+    "out of memory|allocate|^MemoryError":
         "out of memory: a smaller --micro-batch (training) or --batch (sampling)",
     "compiler|[Tt]riton": "--compile needs a C++ compiler; leave it out, or set CXX",
     "[Cc]onnection (closed|reset)": "another process of this command has ended",
