@@ -198,9 +198,10 @@ def draw_grid(images, names, headers=None, cell=96):
     zoom = max(1, round(cell / max(H, W)))
     dx, dy, n = W * zoom + 4, H * zoom + 4, len(images) // len(names)
     columns, lines = min(n, 10), math.ceil(n / 10)           # rows of images for each name
-    fits = [int(len(name) * columns * dx / (font.getlength(name) or 1)) for name in names]
-    names = [name if len(name) <= fit else name[:fit - 1] + "…"      # no wider than the images
-             for name, fit in zip(names, fits)]
+    names = [" ".join(name.split())[:200] for name in names] # Pillow refuses a line break
+    for k in range(len(names)):
+        while len(names[k]) > 1 and font.getlength(names[k]) > columns * dx:
+            names[k] = names[k][:-2] + "…"                   # no wider than the images
     left, top = 12 + math.ceil(max(map(font.getlength, names))), 24 if headers else 4
     sheet = Image.new("RGB", (left + columns * dx, top + len(names) * lines * dy), "white")
     pen = ImageDraw.Draw(sheet)
