@@ -20,6 +20,7 @@ import pytest
 import torch
 from commands import Background, checkpoint, error_line, free_port, run
 from helpers import SMALL, awake
+from hooks import print_what_is_drawn, wait_for_go
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -340,8 +341,8 @@ def test_a_grid_shows_every_pixel_as_a_square_in_the_order_of_the_images(n, name
 @given(name=st.text() | st.text(alphabet="Wi犬\n\udcff", min_size=20), W=st.integers(1, 200))
 def test_a_label_is_no_wider_than_the_images_whatever_its_letters(name, W):
     """Catches a sheet of 20,000 pixels, and a class name that fails a finished command."""
-    images = np.zeros((2, 200, W, 3), dtype=np.uint8)
-    assert draw_grid(images, [name]).width <= max(2 * 2 * (W + 4), 2 * (W + 4) + 16) + 13
+    sheet, images = draw_grid(np.zeros((2, 200, W, 3), dtype=np.uint8), [name]), 2 * (W + 4)
+    assert sheet.width <= 13 + images + max(images, 16)      # 16: one letter
 
 
 @pytest.mark.parametrize("batch", [2, 32])
@@ -510,21 +511,6 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
     assert_is_export(out, exported)
 
 
-def print_what_is_drawn():
-    """In a process of its own: print the first index of each batch; later ranks start late."""
-    load, draw = np.load, sample.generate
-
-    def late(*arguments, **how):
-        time.sleep(float(os.environ["RANK"] != "0"))
-        return load(*arguments, **how)
-
-    def printing(model, labels, indices, **how):
-        print("drawn:", indices[0])
-        return draw(model, labels, indices, **how)
-
-    np.load, sample.generate = late, printing
-
-
 def test_any_number_of_processes_exports_the_file_of_one(trained, tmp_path, exported):
     """Bit for bit: three ranks share five batches.  Catches ranks that draw all of them, and ranks
     that each look for themselves what is left to do: a late one passes over batches."""
@@ -540,24 +526,12 @@ def test_any_number_of_processes_exports_the_file_of_one(trained, tmp_path, expo
     assert os.listdir(tmp_path) == ["three.npz"]
 
 
-def wait_for_a_file():
-    """In a process of its own: draw only when there is a file called `go`."""
-    draw = sample.generate
-
-    def patient(*arguments, **how):
-        while not Path("go").exists():
-            time.sleep(0.05)
-        return draw(*arguments, **how)
-
-    sample.generate = patient
-
-
 def test_of_two_exports_into_one_file_the_second_is_refused(monkeypatch, trained, tmp_path,
                                                             exported):
     """While the first one lives.  Catches two processes that write one array."""
     out = tmp_path / "s.npz"
     first = Background("sample", EXPORT, f"--ckpt {trained} --out {out}", cwd=tmp_path,
-                       first=wait_for_a_file)
+                       first=wait_for_go)
     while first.is_alive() and not (tmp_path / "s.npz.parts" / "settings.json").exists():
         time.sleep(0.05)
     line = error_line(monkeypatch, sample, EXPORT, f"--ckpt {trained} --out {out}")
