@@ -217,7 +217,7 @@ def draw_grid(images, names, headers=None, cell=96):
 
 def sample_grid(model, names, options):
     """Draw --per-class images of every class into one picture."""
-    n, seen, images = options.per_class, {}, []
+    n, seen, images = options.per_class or 8, {}, []
     labels, names = np.repeat(options.classes, n), [names[c] for c in options.classes]
     starts = range(0, len(labels), options.batch)
 
@@ -334,7 +334,7 @@ def parse(argv=None):
     add("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     add("--class", dest="classes", nargs="+", default=[], metavar="CLASS",
         help="classes, by index or name [all, ten at most]")
-    add("--per-class", type=number(int, 1), default=8, help="images of each class [8]")
+    add("--per-class", type=number(int, 1, 1000), help="images of each class [8]")
     add("--size", nargs=2, type=number(int, 1), metavar=("H", "W"), help="in pixels [as trained]")
     add("--seed", type=number(int), default=0, help="of the noise [0]")
     add("--sampler", choices=tuple(SAMPLERS), default="euler", help="[euler]")
@@ -358,8 +358,11 @@ def parse(argv=None):
     options.evaluations = 2 * options.steps - 1 if options.sampler == "heun" else options.steps
     if options.out.suffix != (".npz" if options.num_samples else ".png"):
         parser.error(f"--out {options.out} must end in .png, or in .npz with --num-samples")
-    if options.num_samples and (options.classes or options.trajectory):
-        parser.error("--num-samples takes all classes in turn; leave out --class and --trajectory")
+    if options.num_samples and (options.classes or options.per_class or options.trajectory):
+        parser.error("--num-samples takes all classes in turn; leave out --class, --per-class and "
+                     "--trajectory")
+    if options.interval[0] > options.interval[1]:
+        parser.error(f"--interval {options.interval} must be LOW HIGH with LOW <= HIGH")
     if options.save_weights and not (options.ema and options.save_weights.endswith(".pt")):
         parser.error(f"--save-weights {options.save_weights} must end in .pt; it writes the "
                      f"averaged weights, so leave out --no-ema")
