@@ -707,7 +707,7 @@ def explain(error):
     """One line for an error that the user can mend; None for one that nobody expected."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]     # from a loader process
-    line = line.removeprefix(f"{type(error).__name__}: ")[:500]
+    line = line.removeprefix(f"{type(error).__name__}: ")[:400]
     if isinstance(error, (RuntimeError, MemoryError)):
         return next((f"{advice} ({line})" for pattern, advice in ADVICE.items()
                      if re.search(pattern, "\n".join(lines))), None)
