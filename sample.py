@@ -478,14 +478,14 @@ def check_finite(weights):
 def find_checkpoint(given=None):
     """Path of a checkpoint: the file given, or the newest below the folder given or runs/, or our
     own small weights."""
-    path = Path(given or "runs")
-    if given and not path.is_dir():
+    path = Path("runs" if given is None else given)
+    if given is not None and not path.is_dir():
         return path
     newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
-    if newest is None and given:
+    if newest is None and given is not None:
         files = [str(file) for file in sorted(path.rglob("*")) if file.is_file()]
-        raise ValueError(f"no ckpt-*.pt of train.py under {path}, which holds "
-                         f"{', '.join(files[:5]) or 'no file'}; give a file of weights, or train")
+        raise ValueError(f"no ckpt-*.pt of train.py under {path}; give a file of weights, or "
+                         f"train; it holds {', '.join(files[:5]) or 'no file'}")
     return newest_intact(newest.parent) if newest else OUR_WEIGHTS
 
 
