@@ -446,7 +446,7 @@ def load_model(path, device="cpu", ema=True):
             for key in ("classes", "names"):
                 assert [type(x) for x in info[key]] == [str] * config.num_classes, f"its {key}"
         else:
-            weights = {re.sub(r"^module\.|_orig_mod\.", "", name): weight
+            weights = {re.sub(r"\b(module|_orig_mod)\.", "", name): weight
                        for name, weight in state.get("state_dict", state).items()}
             prefix = "ema_denoiser." if ema else "denoiser."
             if any("denoiser." in name for name in weights):
