@@ -386,8 +386,9 @@ def start_from(model, given, path):
                   f"{model.config.num_classes}; the null class is kept")
     if given.config.repa_dim != model.config.repa_dim:
         weights = {name: w for name, w in weights.items() if not name.startswith("repa_projector.")}
+    new = {name: w for name, w in fresh.items() if name.startswith(("label.", "repa_projector."))}
     with in_one_line(f"--init {path} does not fit the model"):
-        model.load_state_dict({**fresh, **weights})
+        model.load_state_dict({**new, **weights})
 
 
 # -------------------------------------------------------------------------------------------------
