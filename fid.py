@@ -734,6 +734,8 @@ def main():
 
 if __name__ == "__main__":
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # a console may lack a path's letters
     try:
         main()
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
