@@ -200,7 +200,7 @@ def test_a_folder_without_a_checkpoint_is_listed(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", [{}, [], 3, b"w.pt", torch.ones(1)], ids=repr)
 def test_what_is_no_path_is_not_loaded(path):
     """Catches load_model({}) that returns our own weights."""
-    with pytest.raises((TypeError, ValueError), match="argument should be a str .*, not "):
+    with pytest.raises((TypeError, ValueError), match="os.PathLike object"):
         sample.load_model(path)
 
 
