@@ -13,6 +13,7 @@ batch size only changes rounding: in bf16, on a GPU, a pixel may differ by a few
 """
 
 import argparse
+import ctypes
 import difflib
 import errno
 import hashlib
@@ -20,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -413,8 +415,9 @@ def main():
             print(f"warning: --size {options.size[0]} {options.size[1]} is far from the training's "
                   f"{trained} x {trained}; expect poor images")
     if options.save_weights and rank == 0:
-        state = info | dict(ema={name: weight.bfloat16()
-                                 for name, weight in model.state_dict().items()})
+        rounded = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+        preset = {"model": info["options"].get("model", "")}             # for --init's recipe
+        state = {**info, "ema": rounded, "options": preset}
         save_atomically(options.save_weights, lambda partial: torch.save(state, partial))
         print(f"wrote {options.save_weights}: the weights as bfloat16")
     elif options.num_samples:
@@ -525,6 +528,13 @@ def read_file(path):
             if "mmap" not in str(error):                     # else: too little address space
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+                raise
+            raise ValueError(
+                f"it holds {found[1]}, which may run code when opened; if you trust it: python -c "
+                f"\"import torch; torch.save(torch.load('{path}', 'cpu', weights_only=False)"
+                f"['state_dict'], 'weights.pt')\"")
         assert isinstance(state, dict), f"it holds a {type(state).__name__}"
         return state
 
@@ -613,9 +623,10 @@ def locked(folder):
 
 def is_of_the_system(error):
     """Whether reading failed for a reason that is not in the file, such as I/O or memory."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or getattr(
-        error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
-                                  errno.ENOMEM, errno.ESTALE)
+    return (isinstance(error, MemoryError) or "out of memory" in str(error)
+            or "allocate memory" in str(error) or getattr(error, "errno", None) in (
+                errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+                errno.ESTALE))
 
 
 @contextmanager
@@ -626,7 +637,7 @@ def in_one_line(message):
     except Exception as error:
         if is_of_the_system(error):
             raise
-        line = " ".join(str(error).split())[:300] or type(error).__name__
+        line = " ".join(str(error).split())[:400] or type(error).__name__
         raise ValueError(f"{message} ({line})") from None
 
 
@@ -718,6 +729,9 @@ def run(main):
     """Run a command, then end its process and its loaders at once.  Exit code: what main() returns,
     or 1 after an error."""
     torch.set_flush_denormal(True)           # subnormal numbers make a CPU slow
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+        mallopt(-1, -1)                      # glibc returns freed memory, and every step asks for
+        mallopt(-4, 0)                       # it again: a tenth of the small model's time
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # a console may lack a class's letters
     try:

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -224,13 +225,14 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
     look(out, step, ema, data, val_data, options) draws the pictures, every --sample-every steps.
     """
     out, rank, look = Path(options.out), dist.get_rank(), look or write_pictures
-    device = next(model.parameters()).device
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
     first, unlogged = resume(model, ema, optimizer, options, data)
     net = prepare(model, options)
     batches = load_batches(options, data, first)
-    skipped, since, clock = 0, first, time.time()
+    done, skipped, since, clock = first, 0, first, time.time()
+    if rank == 0:
+        write_log(out, step=first, options=vars(options), config=asdict(model.config))
     bar = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0)
     for step in bar:
         losses, norm = training_step(net, ema, optimizer, batches, step, options, encoder)
@@ -285,19 +287,22 @@ def prepare(model, options):
 
 def save_checkpoint(model, ema, optimizer, options, data, step, unlogged):
     """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond --keep."""
-    out = Path(options.out)
-    path = out / f"ckpt-{step:08d}.pt"
     check_finite(model.state_dict())
+    path = Path(options.out, f"ckpt-{step:08d}.pt")
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  step=step, unlogged=unlogged, config=asdict(model.config), options=vars(options),
-                 images=len(data), classes=data.classes, names=data.names)
+                 run=identity(model, options, data), classes=data.classes, names=data.names)
     save_atomically(path, lambda partial: torch.save(state, partial))
-    for old in [file for file in sorted(out.glob("ckpt-*.pt")) if file <= path][:-options.keep]:
+    saved = [file for file in sorted(path.parent.glob("ckpt-*.pt")) if file <= path]
+    for old in saved[:-options.keep]:
         old.unlink()
 
 
-FIXED = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"    # options of a run
-FREE = "steps", "lr", "warmup", "cooldown", "clip", "data"                   # may change
+def identity(model, options, data):
+    """What may not change when a run is resumed."""
+    fixed = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
+    return {**asdict(model.config), **{name: getattr(options, name) for name in fixed},
+            "classes": data.classes, "number of images": len(data)}
 
 
 def resume(model, ema, optimizer, options, data):
@@ -305,34 +310,35 @@ def resume(model, ema, optimizer, options, data):
     out, rank = Path(options.out), dist.get_rank()
     path = on_rank_0(newest_intact, out, True)
     if not path:
+        on_rank_0(clean, out, 0)
         return 0, torch.zeros(3, BINS)
     state = read_file(path)
-
-    def identity(config, options, classes, images):
-        return {**config, **{"--" + name.replace("_", "-"): options.get(name) for name in FIXED},
-                "classes": classes, "number of images": images}
-
-    then = identity(state["config"], state["options"], state["classes"], state.get("images"))
-    now = identity(asdict(model.config), vars(options), data.classes, len(data))
-    differ = [f"{key}={str(then.get(key)):.60} there, {str(now[key]):.60} here"
-              for key in now if then.get(key) != now[key]]
-    if differ:
-        raise ValueError(f"{path} is of another run ({'; '.join(differ)}); choose another --out")
-    with in_one_line(f"{path} does not fit"):
+    with in_one_line(f"{path} does not fit; choose another --out"):
+        then, now = state["run"], identity(model, options, data)
+        differ = [f"{key}={then.get(key)!s:.60} there, {now[key]!s:.60} here"
+                  for key in now if then.get(key) != now[key]]
+        assert not differ, "; ".join(differ)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)   # lr and the like stay those of the options
         step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
+        old = state["options"]
     if rank == 0:
-        for partial_file in out.glob(".*.partial"):          # what a killed run left
-            partial_file.unlink()
-        kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
-        save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
-        print(f"resumed at step {step}" + "".join(
-            f"; --{name} {state['options'].get(name)} -> {getattr(options, name)}"
-            for name in FREE if state["options"].get(name) != getattr(options, name)))
+        clean(out, step)
+        changed = [f"; --{name} {old.get(name)} -> {getattr(options, name)}"
+                   for name in ("steps", "lr", "warmup", "cooldown", "clip", "data", "init")
+                   if old.get(name) != getattr(options, name)]
+        print(f"resumed at step {step}" + "".join(changed))
     return step, unlogged
+
+
+def clean(out, step):
+    """Remove what a killed run left: half-written files, and lines of the log after `step`."""
+    for path in out.glob(".*.partial"):
+        path.unlink()
+    kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
+    save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
 
 
 @contextmanager
@@ -444,6 +450,7 @@ def write_log(out, **line):
     """Append a line to log.jsonl; what is not finite becomes null."""
     line = {key: None if isinstance(x, float) and not math.isfinite(x) else x
             for key, x in line.items()}
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -481,8 +488,11 @@ def draw_losses(out, time_mean):
     by_t.set(title="both by t, at the last step", xlabel="t, from data to noise")
     for axes in panels:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3, which="both")
     save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
@@ -564,10 +574,13 @@ class ImageFolder:
         split = next((parts[:n + 1] for parts in inside for n, part in enumerate(parts[:-1])
                       if part.lower() in SPLITS), None)
         deep = {parts[1] for parts in inside if len(parts) > 2}
+        words = {*re.split("[^a-z]+", " ".join(folders).lower())} & {*SPLITS}
         if not self.files:
             problem = "no images"
         elif split:
             problem = f"{'/'.join(split)}/, the name of a split, where a class should be"
+        elif len(words) > 1:                 # bullet_train alone may be a class
+            problem = f"splits ({', '.join(sorted(words))}) among folders: {', '.join(folders[:3])}"
         elif loose and folders:
             problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
         elif empty:
@@ -662,38 +675,17 @@ class Encoder:
 
 
 def load_encoder(options, device):
-    """The encoder of --repa, or None; the first process of a node fills the cache of torch.hub."""
-    if not options.repa:
-        return None
-    waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if waits:
-        dist.barrier()
-    encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
-    if not waits:
+    """The encoder of --repa, or None.  One process of a node fills the cache of torch.hub."""
+    encoder, first = None, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in (True, False) if options.repa else ():
+        if turn == first:
+            encoder = Encoder(options.repa, options.repa_repo, options.repa_source, device)
         dist.barrier()
     return encoder
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
-
-
-def announce(options, model, data, device):
-    """The first lines: what is going to happen."""
-    world = dist.get_world_size()
-    if not options.data:
-        print("no --data DIR: training on drawn shapes")
-    if options.model == "DiP-Nano/16" and options.data:
-        print("the small DiP-Nano/16, made for a CPU; --model chooses another")
-    weights = sum(p.numel() for p in model.parameters())
-    print(f"{options.model or options.init}: {weights / 1e6:.2f} M weights, on {world} x {device}")
-    print(f"{options.data or 'shapes'}: {len(data)} images of {options.image_size} x "
-          f"{options.image_size}, classes: {len(data.classes)}")
-    print(f"{options.steps} steps of {options.batch_size} images, {options.micro_batch} at a time "
-          f"on each process, into {options.out}")
-    if options.micro_batch < min(8, options.batch_size // world):
-        print(f"note: --batch-size {options.batch_size} has no larger divisor up to 32; a rounder "
-              f"number is faster")
 
 
 def main():
@@ -717,7 +709,15 @@ def main():
         del given
     with locked(out) if rank == 0 else nullcontext(), noted_signals() as signals:
         if rank == 0:
-            announce(options, model, data, device)
+            weights = sum(p.numel() for p in model.parameters()) / 1e6
+            print(f"{options.model or options.init}: {weights:.2f} M weights, on "
+                  f"{dist.get_world_size()} x {device.type}\n"
+                  f"{options.data or 'no --data DIR, so drawn shapes'}: {len(data)} images of "
+                  f"{options.image_size} x {options.image_size}, classes: {len(data.classes)}\n"
+                  f"{options.steps} steps of {options.batch_size} images, {options.micro_batch} at "
+                  f"a time on each process, into {out}")
+            if options.data and options.model in RECIPES:
+                print(f"{options.model} is small, for a CPU; --model chooses another")
         _, done = fit(model, options, data, val_data, encoder, signals)
     if done < options.steps:
         if rank == 0:
