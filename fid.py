@@ -638,6 +638,8 @@ def report(sides, options, extractor, device):
 
 if __name__ == "__main__":
     code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # a console may lack a path's letters
     try:
         main()
         code = 0

@@ -220,7 +220,7 @@ def draw_grid(images, names, headers=None, cell=96):
 
 def sample_grid(model, names, options):
     """Draw --per-class images of every class into one picture."""
-    n, seen, images = options.per_class, {}, []
+    n, seen, images = options.per_class or 8, {}, []
     labels, names = np.repeat(options.classes, n), [names[c] for c in options.classes]
     starts = range(0, len(labels), options.batch)
 
@@ -739,7 +739,7 @@ def explain(error):
     """One line for an error that the user can fix; None for one that nobody expected."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]     # from a loader process
-    line = line.removeprefix(f"{type(error).__name__}: ")[:500]
+    line = line.removeprefix(f"{type(error).__name__}: ")[:400]
     if isinstance(error, (RuntimeError, MemoryError)):
         return next((f"{advice} ({line})" for pattern, advice in ADVICE.items()
                      if re.search(pattern, "\n".join(lines))), None)
