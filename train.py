@@ -228,7 +228,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
     first, unlogged = resume(model, ema, optimizer, options, data)
     net = prepare(model, options)
     batches = load_batches(options, data, first)
-    skipped, since, clock = 0, first, time.time()
+    done, skipped, since, clock = first, 0, first, time.time()
     bar = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0)
     for step in bar:
         losses, norm = training_step(net, ema, optimizer, batches, step, options, encoder)
