@@ -294,6 +294,14 @@ def save_checkpoint(model, ema, optimizer, options, data, step, unlogged):
         old.unlink()
 
 
+def clean(out, step):
+    """Remove what a killed run left: half-written files, and lines of the log after `step`."""
+    for partial_file in out.glob(".*.partial"):
+        partial_file.unlink()
+    kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
+    save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
+
+
 FIXED = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"    # options of a run
 FREE = "steps", "lr", "warmup", "cooldown", "clip", "data"                   # may change
 
@@ -303,6 +311,8 @@ def resume(model, ema, optimizer, options, data):
     out, rank = Path(options.out), dist.get_rank()
     path = on_rank_0(newest_intact, out, True)
     if not path:
+        if rank == 0:
+            clean(out, 0)
         return 0, torch.zeros(3, BINS)
     state = read_file(path)
 
@@ -323,10 +333,7 @@ def resume(model, ema, optimizer, options, data):
         optimizer.load_state_dict(moments)   # lr and the like stay those of the options
         step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
     if rank == 0:
-        for partial_file in out.glob(".*.partial"):          # what a killed run left
-            partial_file.unlink()
-        kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
-        save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
+        clean(out, step)
         print(f"resumed at step {step}" + "".join(
             f"; --{name} {state['options'].get(name)} -> {getattr(options, name)}"
             for name in FREE if state["options"].get(name) != getattr(options, name)))
