@@ -568,10 +568,13 @@ class ImageFolder:
         split = next((parts[:n + 1] for parts in inside for n, part in enumerate(parts[:-1])
                       if part.lower() in SPLITS), None)
         deep = {parts[1] for parts in inside if len(parts) > 2}
+        words = {*re.split("[^a-z]+", " ".join(folders).lower())} & {*SPLITS}
         if not self.files:
             problem = "no images"
         elif split:
             problem = f"{'/'.join(split)}/, the name of a split, where a class should be"
+        elif len(words) > 1:                 # bullet_train alone may be a class
+            problem = f"splits ({', '.join(sorted(words))}) among folders: {', '.join(folders[:3])}"
         elif loose and folders:
             problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
         elif empty:
