@@ -331,7 +331,8 @@ def resume(model, ema, optimizer, options, data):
         ema.load_state_dict(state["ema"])
         moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)   # lr and the like stay those of the options
-        step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
+        step = state["step"]
+        unlogged = torch.zeros(3, BINS) + state["unlogged"] * (rank == 0)    # the sum of all ranks
     if rank == 0:
         clean(out, step)
         print(f"resumed at step {step}" + "".join(
