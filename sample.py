@@ -436,7 +436,8 @@ def load_model(path, device="cpu", ema=True):
             config, weights = DiPConfig(**state["config"]), state["ema" if ema else "model"]
             info = {key: state[key] for key in INFO}
             for key in ("classes", "names"):
-                assert [type(x) for x in info[key]] == [str] * config.num_classes, f"its {key}"
+                assert len(info[key]) == config.num_classes, f"its {key}"
+                assert {*map(type, info[key])} == {str}, f"its {key}"
         else:
             weights = {re.sub(r"^module\.|_orig_mod\.", "", name): weight
                        for name, weight in state.get("state_dict", state).items()}
@@ -450,6 +451,7 @@ def load_model(path, device="cpu", ema=True):
             numbers = [f"class {k}" for k in range(config.num_classes)]
             info = dict(config=asdict(config), step=int(state.get("global_step", 0)), options={},
                         classes=list(known) or numbers, names=list(known.values()) or numbers)
+        assert config.depth + config.head_depth <= len(weights), "it has too few weights"
         with torch.device("meta"):
             model = DiP(config)                              # shapes alone, no memory
         weights = {name: weight.to(device, torch.float32, copy=True)         # leaves the file
