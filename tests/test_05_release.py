@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dip
-from common import imagenet_names, load_model
+from sample import imagenet_names, load_model
 from dip import DiP, DiPConfig, from_release
 from sample import euler, generate, guided
 

@@ -346,13 +346,6 @@ def test_the_learning_rate_is_that_of_its_formula(steps, warmup, cooldown):
         assert rate == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_learning_rate_rises_stays_and_falls():
-    rates = [rate for rate, _ in updates_of_no_images([0.0] * 100, warmup=9, cooldown=0.2)]
-    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
-    assert rates[10:79] == [1.0] * 69
-    assert rates[80:] == pytest.approx([k / 21 for k in range(20, 0, -1)])
-
-
 # --- the whole loop, by hand ----------------------------------------------------------------------
 
 
@@ -726,18 +719,6 @@ def test_the_compiled_model_trains_as_the_plain_one(monkeypatch, tmp_path):
                       atol=1e-5)
 
 
-def test_512_pixels_in_patches_of_32_train_and_other_rectangles_are_drawn(monkeypatch, tmp_path):
-    """Table 3, in small: the bottleneck of the U-Net is 2 x 2."""
-    data = place(tmp_path, "ants/0.png")
-    run(monkeypatch, train, "--model DiP-XL/32 --set depth=1 hidden_size=8 num_heads=1",
-        "head_width=1 --image-size 512 --steps 1 --batch-size 1 --device cpu --sample-every 0",
-        f"--data {data}/ants --out {tmp_path}/run")
-    assert checkpoint(tmp_path / "run")["config"]["patch_size"] == 32
-    run(monkeypatch, sample, f"--ckpt {tmp_path}/run --class ants --per-class 1 --steps 2",
-        f"--size 256 768 --device cpu --out {tmp_path}/wide.png")
-    assert Image.open(tmp_path / "wide.png").width > 768
-
-
 # --- REPA -----------------------------------------------------------------------------------------
 
 ENCODER = """
@@ -842,13 +823,6 @@ def test_init_gives_the_average_and_a_new_label_table_for_other_classes(monkeypa
     run(monkeypatch, train, f"--init {tmp_path}/other.pt --data {data} --steps 2 {STAY}",
         f"--out {out}")
     assert torch.equal(checkpoint(out)["model"]["embed.bias"], state["model"]["embed.bias"])
-
-
-def test_init_of_as_many_classes_keeps_the_label_table(monkeypatch, trained, tmp_path, capsys):
-    run(monkeypatch, train, f"--init {trained} --steps 1 {STAY} --out {tmp_path}/run")
-    assert "label table" not in capsys.readouterr().out
-    assert_same_state(checkpoint(tmp_path / "run"), {"model": checkpoint(trained)["ema"]},
-                      ["model"])
 
 
 @pytest.mark.parametrize("theirs, ours", [(6, 5), (6, 0), (0, 5), (6, 6)])

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,7 +338,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_costs_no_checkpoint(monkeypatc
     assert_same_run(six.whole, four)
 
 
-def failing(number, *first):
+def failing(number):
     """A function that fails as the system does."""
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -347,33 +346,21 @@ def failing(number, *first):
     return fail
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP],
-                         ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", ["ENOSYS", "EINVAL", "ENOLCK", "EOPNOTSUPP", "EIO"])
 @pytest.mark.parametrize("module, name, what", [(fcntl, "lockf", "locks"), (os, "fsync", "fsync")])
-def test_a_file_system_without_a_service_is_warned_of(monkeypatch, tmp_path, module, name, what,
-                                                      number):
-    """Lustre and FUSE without locks, shares without fsync: the run goes on."""
-    monkeypatch.setattr(module, name, failing(number))
-    with pytest.warns(UserWarning, match=f"this file system has no {what}"):
-        run(monkeypatch, train, TINY, f"--steps 1 --out {tmp_path}")
-    assert checkpoint(tmp_path)["step"] == 1
-
-
-@pytest.mark.parametrize("module, name", [(fcntl, "lockf"), (os, "fsync")])
-def test_an_error_of_the_disk_is_an_error(monkeypatch, four, six, module, name):
-    """Catches one taken for a missing service: the next power loss would cost the run."""
+def test_a_service_that_a_disk_lacks_is_warned_of_and_an_error_of_the_disk_is_an_error(
+        monkeypatch, four, six, module, name, what, number):
+    """Lustre and FUSE without locks, shares without fsync: the run goes on.  Catches EIO taken for
+    a missing service: the next power loss would cost the run."""
     before = contents(four)
-    monkeypatch.setattr(module, name, failing(errno.EIO))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        line = error_line(monkeypatch, train, six.command, f"--out {four}")
-    assert "Input/output error" in line and contents(four) == before
-
-
-def unmappable(*arguments, mmap=False, load=torch.load, **settings):
-    if mmap:
-        raise RuntimeError("unable to mmap 341269 bytes from file <x>: Cannot allocate memory (12)")
-    return load(*arguments, **settings)
+    monkeypatch.setattr(module, name, failing(getattr(errno, number)))
+    if number == "EIO":
+        assert "Input/output error" in error_line(monkeypatch, train, six.command, f"--out {four}")
+        assert contents(four) == before
+    else:
+        with pytest.warns(UserWarning, match=f"this file system has no {what}"):
+            run(monkeypatch, train, six.command, f"--out {four}")
+        assert checkpoint(four)["step"] == 6
 
 
 def out_of_memory(*_, **__):
@@ -405,6 +392,11 @@ def test_a_good_checkpoint_is_never_passed_over_for_what_is_not_in_the_file(
 
 def test_a_checkpoint_that_cannot_be_mapped_is_read_without_mapping(monkeypatch, six, four, capsys):
     """As under `ulimit -v`."""
+    def unmappable(*arguments, mmap=False, load=torch.load, **settings):
+        if mmap:
+            raise RuntimeError("unable to mmap 341269 bytes: Cannot allocate memory (12)")
+        return load(*arguments, **settings)
+
     monkeypatch.setattr(torch, "load", unmappable)
     run(monkeypatch, train, six.command, f"--out {four}")
     assert "resumed at step 4" in capsys.readouterr().out
@@ -606,8 +598,8 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
     sample.check_finite(checkpoint(tmp_path)["model"])
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(monkeypatch, tmp_path, four, six):
-    """Catches "done" after a run that diverged, and black pictures without a word."""
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch, four, six):
+    """Catches "done" after a run that diverged."""
     before, update = set(contents(four)), train.training_step
 
     def overflow(net, *rest):
@@ -620,12 +612,6 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(monkeypatch, t
         line = error_line(patch, train, six.command, f"--out {four}")
     assert "weight label.weight is not finite; use an earlier checkpoint, or train again" in line
     assert set(contents(four)) == before
-    state = checkpoint(four)
-    state["ema"]["blocks.0.norm1.weight"][0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    line = error_line(monkeypatch, sample, f"--ckpt {tmp_path}/nan.pt --device cpu")
-    assert str(tmp_path / "nan.pt") in line and "weight blocks.0.norm1.weight is not finite" in line
-    sample.load_model(tmp_path / "nan.pt", ema=False)        # the others are good
 
 
 def test_the_log_is_json_whatever_the_numbers(tmp_path):
