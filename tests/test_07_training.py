@@ -671,6 +671,16 @@ def test_two_nodes_under_torchrun_train_the_run_of_one_process(tmp_path, twenty)
     assert_same_training(one, tmp_path, "loss", "grad_norm", "val_loss")
 
 
+def test_a_rank_takes_the_gpu_of_its_place_on_its_node(monkeypatch):
+    """LOCAL_RANK; catches RANK, which counts over all nodes.  No machine has a hundred GPUs."""
+    monkeypatch.setenv("RANK", "199")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    for device in ("auto", "cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ValueError, match="--device cuda:99: "):
+            sample.start_processes(device)
+
+
 def test_workers_do_not_change_a_bit(monkeypatch, tmp_path, twenty):
     """Two loader processes live at the end of the run; fails if --workers is ignored."""
     command, one = twenty
