@@ -474,6 +474,7 @@ def load_model(path, device="cpu", ema=True):
             numbers = [f"class {k}" for k in range(config.num_classes)]
             info = dict(config=asdict(config), step=int(state.get("global_step", 0)), options={},
                         classes=list(known) or numbers, names=list(known.values()) or numbers)
+        assert config.depth + config.head_depth <= len(weights), "it has too few weights"
         with torch.device("meta"):
             model = DiP(config)                              # shapes alone, no memory
         weights = {name: weight.to(device, torch.float32, copy=True)         # leaves the file
