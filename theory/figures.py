@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from theory.claims import BASES, NORM_TIMES, mean_error, token_costs
+from theory import tokens
+from theory.claims import BASES, NORM_TIMES
 from theory.model import GaussianModel, cost_passed_on, cost_unseen, image_decay
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -51,7 +52,7 @@ def draw_token():
     for how, label, style in (("v", "v from the token", "-"), ("x", "$x_0$ from the token", ":"),
                               ("skip", "v, linear skip", "--")):
         for t, colour in colours:
-            costs = [token_costs(int(k), t)[how] for k in widths]
+            costs = [tokens.gaussian_costs(int(k), t)[how] for k in widths]
             right.plot(widths, costs, color=colour, linestyle=style, linewidth=2)
         right.plot([], [], color=GREY, linestyle=style, label=label)
     for t, colour in colours:
@@ -62,20 +63,52 @@ def draw_token():
     save(figure, "token")
 
 
+def draw_bound():
+    """Section 7: the bound for images of any kind, and what was measured on shapes."""
+    figure, (left, right) = new_figure(sharey=True)
+    tenths = np.arange(10) / 10 + 0.05
+    for (k, side), colour in zip(tokens.TRAINED, (BLUE, ORANGE, GREEN, PINK)):
+        left.plot(tokens.SHAPES_TIMES, tokens.shapes_bound(k, side)[0], color=colour, linewidth=2,
+                  label=f"{k} for {3 * side**2}")
+        left.plot(tenths, tokens.measured_gain(k, side), color=colour, marker="o", linestyle=":",
+                  markersize=4)
+    left.plot([], [], color=GREY, label="bound")
+    left.plot([], [], color=GREY, linestyle=":", marker="o", label="measured gain of a head")
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set(xlabel=TIME, ylabel="squared error in v, per value", title="Drawn shapes")
+    left.legend(fontsize=8, ncols=2, loc="upper left", title_fontsize=8,
+                title="dimensions of a token for values of a patch")
+    times = np.linspace(0.01, 0.99, 99)
+    for k, side, colour in ((384, 32, PINK), (768, 32, GREEN), (1152, 32, BLUE), (384, 16, ORANGE),
+                            (1152, 16, GREY)):
+        label = f"{k} for {3 * side**2}" + {(1152, 32): " (DiP-XL/32)",
+                                            (1152, 16): " (DiP-XL/16)"}.get((k, side), "")
+        for kind, style in (("256", "-"), ("native", "--")):
+            bound = [tokens.photo_bounds(f"photos_{kind}_{side}", k, t)[0] for t in times]
+            right.plot(times, bound, color=colour, linewidth=2, linestyle=style,
+                       label=label if kind == "256" else None)
+    right.set(xlabel=TIME, title="Photographs: bound", ylim=(-0.12, 1.3))
+    right.plot([], [], color=GREY, label="cropped to 256 px")
+    right.plot([], [], color=GREY, linestyle="--", label="as stored")
+    right.legend(fontsize=8, loc="upper left", ncols=2)
+    save(figure, "bound")
+
+
 def draw_errors():
     """Section 5: smallest errors, by what is seen."""
     times = np.linspace(0.05, 0.95, 19)
     figure, panels = new_figure(sharey=True)
-    lam = image_decay(64, 2.0)
+    U, patches = BASES["cosines"]
     for axes, r in zip(panels, (16, 4)):
-        best = [mean_error(BASES["DCT"], lam, r, t, "DiP") for t in times]
+        models = [GaussianModel(U, image_decay(64, 2.0), patches, 4, r, t) for t in times]
+        best = [m.mean_error("DiP") for m in models]
         for who, label, colour, style in (
             ("patch", "own patch alone", GREY, "-."),
             ("patch and low", "own patch, low part of $x_t$", PINK, "--"),
             ("DiT", r"DiT: $\hat x_t$", ORANGE, "-"), ("both", r"both $x_t$ and $\hat x_t$",
                                                        GREEN, ":"),
         ):
-            values = [mean_error(BASES["DCT"], lam, r, t, who) for t in times]
+            values = [m.mean_error(who) for m in models]
             axes.plot(times, np.array(values) / best, color=colour, linestyle=style, label=label,
                       linewidth=2)
         axes.axhline(1, color=BLUE, linewidth=2, label="DiP: all of $x_t$")
@@ -88,19 +121,19 @@ def draw_errors():
 def draw_norms():
     """Section 6: norms of the exact operators over t."""
     figure, panels = new_figure(sharey=True)
-    lam = image_decay(64, 2.0)
     for axes, name, curves in (
-        (panels[0], "DCT", (("DiT, r = 16, border patch", GREEN, "-", 16, 0),
-                            ("DiT, r = 16, middle patch", PINK, "-", 16, 4),
-                            ("DiT, r = 4, middle patch", ORANGE, "-", 4, 4),
-                            ("DiP, middle patch", BLUE, "--", None, 4))),
-        (panels[1], "2-D DCT", (("DiT, r = 16", PINK, "-", 16, 2),
-                                ("DiT, r = 4", ORANGE, "-", 4, 2),
-                                ("DiP", BLUE, "--", None, 2))),
+        (panels[0], "cosines", (("DiT, r = 16, border patch", GREEN, "-", 16, 0),
+                                ("DiT, r = 16, middle patch", PINK, "-", 16, 4),
+                                ("DiT, r = 4, middle patch", ORANGE, "-", 4, 4),
+                                ("DiP, middle patch", BLUE, "--", None, 4))),
+        (panels[1], "two dimensions", (("DiT, r = 16", PINK, "-", 16, 2),
+                                       ("DiT, r = 4", ORANGE, "-", 4, 2),
+                                       ("DiP", BLUE, "--", None, 2))),
     ):
         U, patches = BASES[name]
         for label, colour, style, r, s in curves:
-            models = [GaussianModel(U, lam, patches[s], r or 4, t) for t in NORM_TIMES]
+            models = [GaussianModel(U, image_decay(64, 2.0), patches, s, r or 4, t)
+                      for t in NORM_TIMES]
             norms = [np.linalg.norm(m.dit_by_gains if r else m.dip_operator, 2) for m in models]
             axes.plot(NORM_TIMES, norms, color=colour, linestyle=style, linewidth=2, label=label)
         axes.set(xscale="log", yscale="log", xlabel=TIME, xlim=(1e-7, 1))
@@ -111,6 +144,5 @@ def draw_norms():
 
 
 def draw():
-    draw_token()
-    draw_errors()
-    draw_norms()
+    for figure in (draw_token, draw_bound, draw_errors, draw_norms):
+        figure()
