@@ -8,7 +8,7 @@ matrices.  `best_guess` conditions a joint Gaussian and knows none of the paper'
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import scipy.fft
@@ -37,8 +37,7 @@ def image_basis(side, patch):
 
 def random_basis(d, p, seed=0):
     """A random rotation: "frequency" without any smoothness."""
-    return (scipy.stats.ortho_group.rvs(d, random_state=seed) if d > 1 else np.eye(1),
-            np.arange(d).reshape(-1, p))
+    return scipy.stats.ortho_group.rvs(d, random_state=seed), np.arange(d).reshape(-1, p)
 
 
 def decay(d, alpha):
@@ -85,12 +84,6 @@ def best_guess(target, seen, R):
 def gain(lam, t):
     """(t - (1-t) lam) / ((1-t)^2 lam + t^2): Eq. (16), best velocity over noisy coefficient."""
     return (t - (1 - t) * lam) / ((1 - t) ** 2 * lam + t**2)
-
-
-def gain_peak(lam):
-    """(t, gain): for lam < 1, where in t the gain is largest, and how large (exercise 2)."""
-    root = np.sqrt(lam)
-    return root * (1 + root) / (1 + lam), (1 + lam) / (2 * root)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -196,6 +189,7 @@ class GaussianModel:
         """Mean squared error of the best guess, a pixel"""
         return np.trace(self.best_guess(who)[1]) / len(self.P)
 
+    @cache
     def mean_error(self, who):
         """The same, averaged over all patches"""
         return np.mean([replace(self, s=s).smallest_error(who) for s in range(len(self.patches))])
@@ -227,14 +221,6 @@ class GaussianModel:
         return self.P @ n * gain(nu, self.t) @ n.T
 
     @property
-    def dit_peak(self):
-        """What the norm of DiT's operator reaches over t, at least: along n_i, at the best t, it is
-        |P n_i| times the peak of the gain of nu_i < 1.  Those with nu_i = 0 have P n_i = 0."""
-        nu, n = self.hat_modes
-        here = (nu > 1e-24) & (nu < 1)
-        return (np.linalg.norm(self.P @ n[:, here], axis=0) * gain_peak(nu[here])[1]).max()
-
-    @property
     def B(self):
         """Eq. (14)"""
         return self.sigma_low + self.sigma_high @ self.Q
@@ -261,20 +247,14 @@ class GaussianModel:
         return (low * (t - (1 - t) * self.lam[:self.r]) @ low.T
                 + t * first - (1 - t) * self.sigma_high @ self.Q)
 
-    @cached_property
-    def D_eigenvalues(self):
-        """(d,): (1-t)^2 lam_i + t^2 at low frequency, t^2 at high"""
-        low = np.where(np.arange(self.d) < self.r, self.lam, 0)
-        return (1 - self.t) ** 2 * low + self.t**2
-
     @property
     def D(self):
         """D_hat of Eq. (33)"""
-        return self.U * self.D_eigenvalues @ self.U.T
+        return (1 - self.t) ** 2 * self.sigma_low + self.t**2 * np.eye(self.d)
 
-    @property
+    @cached_property
     def D_inverse(self):
-        return self.U / self.D_eigenvalues @ self.U.T
+        return np.linalg.inv(self.D)
 
     @property
     def E(self):
@@ -284,12 +264,11 @@ class GaussianModel:
     def eq15(self, as_printed):
         """The four sums of Eq. (15), each (p, d): low, high, I_1, I_2.  As printed the second has
         lam_i / t, else 1 / t."""
-        t, lam, r, V, U = self.t, self.lam, self.r, self.V, self.U
-        low = V[:, :r] * self.gains[:r] @ U[:, :r].T
-        high = V[:, r:] * (lam[r:] / t if as_printed else 1 / t) @ U[:, r:].T
-        cross = (U.T @ self.Q @ U)[r:]                                   # u_i^T P^T P u_j, i > r
-        both = V[:, r:] @ (-(1 - t) * lam[r:, None] * cross / self.D_eigenvalues)
-        return low, high, both[:, :r] @ U[:, :r].T, both[:, r:] @ U[:, r:].T
+        low, high = self.U[:, :self.r], self.U[:, self.r:]
+        factor = self.lam[self.r:] / self.t if as_printed else 1 / self.t
+        both = -(1 - self.t) * self.P @ self.sigma_high @ self.Q @ self.D_inverse
+        return (self.P @ low * self.gains[:self.r] @ low.T, self.P @ high * factor @ high.T,
+                both @ low @ low.T, both @ high @ high.T)
 
     @property
     def smallness(self):
