@@ -1,9 +1,9 @@
 """
 The verdict on every claim of Eq. (1) to (5) and of Appendix A and B that a computation can settle:
-a row of the table of `python -m theory`, in the order of theory/README.md.
+what is exact, what is misprinted, and what sections 4 to 7 of theory/README.md discuss.
 
 A claim is a function that returns a Row.  It computes a figure over all models it is given and
-compares it with one of the thresholds below.  tests/test_09_theory.py hands every claim something
+compares it with one of the thresholds below.  tests/test_09_theory.py gives every claim something
 for which its verdict must come out otherwise.
 """
 
@@ -17,18 +17,17 @@ from theory.model import (GaussianModel, covariance, dct_basis, image_basis, ima
                           random_basis)
 
 HOLDS, CONDITIONAL, FALSE = "holds", "conditional", "does not hold"
-MISPRINT = "misprint"                        # wrong as printed; what follows does not need it
-ERROR = "error"                              # wrong as printed, and a conclusion rests on it
+MISPRINT, ERROR = "misprint", "error"        # wrong as printed; on an error a conclusion rests
 
 ROUNDING = 1e-9                              # what float64 may lose in these sums and inverses
 NOTICEABLE = 0.01                            # a difference of 1% counts
-SMALL = 0.1                                  # "small", "approximately": up to a tenth
-MOST = 0.5                                   # more than half
+SMALL = 0.1                                  # "small", "little", "approximately": up to a tenth
 NEGLIGIBLE = 0.2                             # of DiP's corrections; generous to Remark A.7
+MOST = 0.5                                   # more than half
 
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 ERROR_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-NORM_TIMES = np.logspace(-7, np.log10(0.98), 141)
+NORM_TIMES = np.logspace(-7, np.log10(0.98), 71)
 BASES = {"cosines": dct_basis(64, 8), "two dimensions": image_basis(8, 4),
          "rotation": random_basis(64, 8)}
 

@@ -1,7 +1,7 @@
 """
 Makes theory/patches.npz: what section 7 needs of images that are not Gaussian.
 
-    python -m theory.patches PHOTOS.zip          # 5 minutes on one CPU thread, 2 GB of memory
+    python -m theory.patches PHOTOS.zip          # 15 minutes on one CPU thread, 1 GB of memory
 
 "photos_256_P" are the eigenvalues of the covariance of the P x P patches of the photos in the zip,
 each scaled down to a shorter side of 256 pixels and cropped to its middle; smaller photos are left
@@ -31,8 +31,11 @@ def cut(image, side):
 
 def moments(batches):
     """Sum of (1, x) (1, x)^T over all rows x of levels 0 to 255, which become -1 to 1"""
-    return sum(x.T @ x for x in (np.pad(rows / 127.5 - 1, ((0, 0), (1, 0)), constant_values=1)
-                                 for rows in batches))
+    total = 0.0
+    for rows in batches:
+        x = np.pad(rows / 127.5 - 1, ((0, 0), (1, 0)), constant_values=1)
+        total += x.T @ x
+    return total
 
 
 def covariance(total):
