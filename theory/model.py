@@ -147,19 +147,15 @@ class GaussianModel:
     # Section 4: DiP, Eq. (13), (14), (16)
 
     @property
-    def A(self):
-        """Eq. (14)"""
-        return self.t * np.eye(self.d) - (1 - self.t) * self.sigma
-
-    @property
     def M(self):
         """Eq. (14)"""
         return np.linalg.inv((1 - self.t) ** 2 * self.sigma + self.t**2 * np.eye(self.d))
 
     @cached_property
     def dip_operator(self):
-        """P A M of Eq. (13)"""
-        return self.P @ self.A @ self.M
+        """P A M of Eq. (13), with A of Eq. (14)"""
+        A = self.t * np.eye(self.d) - (1 - self.t) * self.sigma
+        return self.P @ A @ self.M
 
     @property
     def gains(self):
