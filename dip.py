@@ -619,8 +619,7 @@ def check(config):
                    "4 * num_heads")          # half of the rotary pairs for rows, half for columns
     if config.head == "unet":
         stages = config.head_depth or UNetHead.DEPTH
-        check_multiple("patch_size", config.patch_size, 2**min(stages, 99),
-                       f"2 ** {stages} (head_depth)")
+        check_multiple("patch_size", config.patch_size, 2**stages, f"2 ** {stages} (head_depth)")
     if config.head == "attention":
         width, d = config.head_width or AttentionHead.WIDTH, AttentionHead.HEAD_DIM
         check_multiple("head_width", width, d, "AttentionHead.HEAD_DIM")

@@ -343,7 +343,7 @@ def parse(argv=None):
     add("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     add("--class", dest="classes", nargs="+", default=[], metavar="CLASS",
         help="classes, by index or name [the first ten]")
-    add("--per-class", type=number(int, 1), default=8, help="images of each class [8]")
+    add("--per-class", type=number(int, 1), help="images of each class [8]")
     add("--size", nargs=2, type=number(int, 1), metavar=("H", "W"), help="in pixels [as trained]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise [0]")
     add("--sampler", choices=tuple(SAMPLERS), default="euler", help="integrator [euler]")
@@ -367,9 +367,10 @@ def parse(argv=None):
     options.evaluations = 2 * options.steps - 1 if options.sampler == "heun" else options.steps
     if options.out.suffix != (".npz" if options.num_samples else ".png"):
         parser.error(f"--out {options.out} must end in .png, or in .npz with --num-samples")
-    if options.num_samples and (options.classes or options.trajectory or options.save_weights):
-        parser.error("--num-samples takes all classes in turn; leave out --class, --trajectory "
-                     "and --save-weights")
+    if options.num_samples and (options.classes or options.per_class or options.trajectory
+                                or options.save_weights):
+        parser.error("--num-samples takes all classes in turn; leave out --class, --per-class, "
+                     "--trajectory and --save-weights")
     if options.save_weights and not (options.ema and options.save_weights.endswith(".pt")):
         parser.error(f"--save-weights {options.save_weights} must end in .pt; it writes the "
                      f"averaged weights, so leave out --no-ema")
@@ -474,7 +475,6 @@ def load_model(path, device="cpu", ema=True):
             numbers = [f"class {k}" for k in range(config.num_classes)]
             info = dict(config=asdict(config), step=int(state.get("global_step", 0)), options={},
                         classes=list(known) or numbers, names=list(known.values()) or numbers)
-        assert config.depth + config.head_depth <= len(weights), "it has too few weights"
         with torch.device("meta"):
             model = DiP(config)                              # shapes alone, no memory
         weights = {name: weight.to(device, torch.float32, copy=True)         # leaves the file

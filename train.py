@@ -580,7 +580,6 @@ class ImageFolder:
         empty = set(folders) - {parts[0] for parts in inside}
         splits = sorted({part for parts in inside for part in parts[:-1] if SPLIT.fullmatch(part)})
         deep = {parts[1] for parts in inside if len(parts) > 2}
-        words = {*re.split("[^a-z]+", " ".join(folders).lower())} & {*SPLITS}
         if not self.files:
             problem = "no images"
         elif len(splits) > 1:
