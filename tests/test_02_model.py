@@ -221,7 +221,7 @@ WILD = {
 }
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(config=configurations(), data=st.data())
 def test_any_configuration_either_runs_or_is_refused_in_one_line(config, data):
     """Catches a configuration that passes the check and ends in a traceback of torch, and a check

@@ -107,8 +107,7 @@ def test_under_autocast_products_are_bfloat16_and_what_needs_digits_is_float32(n
 
 
 @pytest.mark.parametrize("name", [
-    "DiT-XL-1536/16", "DiP-XL/16", "DiP-XL/16-mlp", "DiP-XL/16-coordinate", "DiP-XL/16-attention",
-    "DiP-XL/32", "DiP-Nano/16"])
+    "DiT-XL-1536/16", "DiP-XL/32", "DiP-XL/16-mlp", "DiP-XL/16-coordinate", "DiP-XL/16-attention"])
 def test_a_preset_of_every_kind_trains_a_step_and_samples_under_bf16_autocast(name):
     """Two blocks of the full width, at the full image size, with REPA and recomputed activations.
     Catches products of different types, which a run in float32 never sees."""
@@ -128,7 +127,7 @@ def test_a_preset_of_every_kind_trains_a_step_and_samples_under_bf16_autocast(na
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
         optimizer.step()
         with torch.autocast("cpu", torch.bfloat16):
-            drawn = euler(guided(ema, y, 2.9, (0.03, 0.89)), x, 2)
+            drawn = euler(guided(ema, y, 2.9), x, 1)
         assert drawn.dtype == torch.float32 and drawn.shape == x.shape
 
 
