@@ -197,10 +197,9 @@ def test_the_crop_is_adms(data, seed, size):
 
 
 def test_the_crop_rounds_the_longer_side_and_leaves_a_fitting_image_untouched():
-    image = Image.fromarray(pictures(1, 8, 8)[0])
-    assert center_crop(image, 8) == image
     wide = Image.fromarray(pictures(1, 12, 29)[0])              # 8 x 19.33 -> 8 x 19, left = 5
-    assert center_crop(wide, 8) == wide.resize((19, 8), Image.BICUBIC).crop((5, 0, 13, 8))
+    cropped = wide.resize((19, 8), Image.BICUBIC).crop((5, 0, 13, 8))
+    assert center_crop(wide, 8) == cropped and center_crop(cropped, 8) == cropped
     odd = Image.fromarray(pictures(1, 17, 35)[0])               # 8 x 17 -> 4 x 8: the odd one goes
     half = odd.resize((17, 8), Image.BOX).resize((8, 4), Image.BOX)
     assert center_crop(odd, 4) == half.crop((2, 0, 6, 4))
@@ -707,8 +706,8 @@ def test_saved_statistics_give_the_same_distances(monkeypatch, album, result_of,
     """The keys are ADM's.  Catches a number of images or a network made up for a file that does not
     say them, and the statistics of the samples."""
     path = tmp_path / "statistics.npz"
-    for _ in range(2):                                           # it may replace its own result
-        run(monkeypatch, fid, album / "reference" / kind, "--save-stats", path)
+    for samples in ("", album / "samples" / "folder"):           # it may replace its own result
+        run(monkeypatch, fid, album / "reference" / kind, samples, "--save-stats", path)
     with np.load(path) as file:
         found = dict(file)
     expected = statistics(pictures(12, 8, 6, 0))
@@ -811,10 +810,9 @@ def test_the_process_of_a_node_uses_its_own_gpu_without_tf32(monkeypatch, album,
 
 
 def test_every_reason_against_a_comparison_is_printed(monkeypatch, album, small, tmp_path, capsys):
-    save_images(tmp_path / "jpegs", pictures(4, 9, 5))
-    for path in (tmp_path / "jpegs").iterdir():
-        Image.open(path).save(path.with_suffix(".JPG"))
-        path.unlink()
+    (tmp_path / "jpegs").mkdir()
+    for k, image in enumerate(pictures(4, 9, 5)):
+        Image.fromarray(image).save(tmp_path / "jpegs" / f"{k}.JPG")
     run(monkeypatch, fid, album / "reference" / "images.npz", tmp_path / "jpegs", "--crop 4")
     printed = capsys.readouterr().out
     for line in ("the network's weights are not ADM's", "n = 4 samples, not 50,000",
@@ -947,7 +945,8 @@ def test_bad_input_is_one_line_that_names_it(monkeypatch, album, small, tmp_path
     ("STATS STATS --device meta", "--device meta ("),
     ("STATS STATS --json nowhere/r.json", "--json 'nowhere/r.json': there is no folder"),
     ("STATS STATS --save-stats nowhere/s.npz", "--save-stats 'nowhere/s.npz': there is no folder"),
-    ("STATS STATS --save-stats STATS", "--save-stats would replace one of the inputs"),
+    ("STATS OTHER --save-stats STATS", "--save-stats would replace one of the inputs"),
+    ("STATS OTHER --save-stats OTHER", "--save-stats would replace one of the inputs"),
     ("STATS STATS --pr-dtype double", "invalid choice: 'double'"),
     ("STATS STATS --colour", "unrecognized arguments: --colour"),
     # an unset $VARIABLE is neither the current folder nor an option that was not given
@@ -961,6 +960,7 @@ def test_an_option_that_cannot_act_is_refused_before_any_work(monkeypatch, album
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
     words = words.replace("STATS", f"{album / 'reference' / 'statistics.npz'}")
+    words = words.replace("OTHER", f"{album / 'samples' / 'statistics.npz'}")
     with pytest.raises((ValueError, OSError, SystemExit)) as ended:
         run(monkeypatch, fid, words)
     line = capsys.readouterr().err if ended.type is SystemExit else str(ended.value)
