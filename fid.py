@@ -430,7 +430,7 @@ class Side:
         with in_one_line(f"{self.path}: arr_0 cannot be read"):
             image = 3 * math.prod(self.size)                 # bytes
             self.array.seek(self.start + start * image)
-            data = self.array.read((min(stop, self.count) - start) * image)
+            data = self.array.read((stop - start) * image)
             return np.frombuffer(data, np.uint8).reshape(-1, *self.size, 3)
 
     def read_file(self, file):
