@@ -90,7 +90,7 @@ def test_training_refuses_to_continue_another_run(monkeypatch, trained):
             (f"{TINY} --label-dropout 0", "--label-dropout=0.1 there, 0.0 here"),
             (f"{TINY} --time-mean 1", "--time-mean=0.0 there, 1.0 here")):
         line = error_line(monkeypatch, train, command, "--steps 2 --out", trained)
-        assert f"is of another run ({answer}); choose another --out" in line
+        assert f"does not fit; choose another --out ({answer})" in line
     assert {path: path.read_bytes() for path in trained.iterdir()} == before
 
 
