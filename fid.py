@@ -327,6 +327,8 @@ def read_image(path, crop=None):
         if math.prod(image.size) > MAX_PIXELS or crop and (
                 max(image.size) / min(image.size) * crop**2 > MAX_PIXELS):
             raise ValueError(f"{image.width} x {image.height} pixels would need gigabytes")
+        if "transparency" in image.info and image.tile[0].args in ("L;2", "L;4", "RGB;16B"):
+            raise ValueError("Pillow misreads this transparency; save it with an alpha channel")
         with suppress(Exception):            # broken EXIF says nothing of the image
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
