@@ -140,8 +140,9 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
     K, device = model.config.num_classes, next(model.parameters()).device
     y = np.asarray(torch.as_tensor(labels).cpu() if torch.is_tensor(labels) else labels)
     if y.ndim != 1 or y.dtype.kind not in "iu" or not ((0 <= y) & (y <= K)).all():
-        raise ValueError(f"labels={str(labels):.60} must be whole numbers from 0 to {K}, the null "
-                         f"class; find_class() turns a name into one")
+        given = " ".join(str(labels).split())[:60]
+        raise ValueError(f"labels={given} must be whole numbers from 0 to {K}, the null class; "
+                         f"find_class() turns a name into one")
     check_choice("sampler", sampler, SAMPLERS)
     if not steps >= 1 or not math.isfinite(cfg):
         raise ValueError(f"steps={steps} must be at least 1, and cfg={cfg} finite")
