@@ -140,8 +140,9 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
     K, device = model.config.num_classes, next(model.parameters()).device
     y = np.asarray(torch.as_tensor(labels).cpu() if torch.is_tensor(labels) else labels)
     if y.ndim != 1 or y.dtype.kind not in "iu" or not ((0 <= y) & (y <= K)).all():
-        raise ValueError(f"labels={str(labels):.60} must be whole numbers from 0 to {K}, the null "
-                         f"class; find_class() turns a name into one")
+        given = " ".join(str(labels).split())[:60]
+        raise ValueError(f"labels={given} must be whole numbers from 0 to {K}, the null class; "
+                         f"find_class() turns a name into one")
     check_choice("sampler", sampler, SAMPLERS)
     if not steps >= 1 or not math.isfinite(cfg):
         raise ValueError(f"steps={steps} must be at least 1, and cfg={cfg} finite")
@@ -343,7 +344,7 @@ def parse(argv=None):
     add("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     add("--class", dest="classes", nargs="+", default=[], metavar="CLASS",
         help="classes, by index or name [the first ten]")
-    add("--per-class", type=number(int, 1), help="images of each class [8]")
+    add("--per-class", type=number(int, 1, 1000), help="images of each class [8]")
     add("--size", nargs=2, type=number(int, 1), metavar=("H", "W"), help="in pixels [as trained]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise [0]")
     add("--sampler", choices=tuple(SAMPLERS), default="euler", help="integrator [euler]")
@@ -371,6 +372,8 @@ def parse(argv=None):
                                 or options.save_weights):
         parser.error("--num-samples takes all classes in turn; leave out --class, --per-class, "
                      "--trajectory and --save-weights")
+    if options.interval[0] > options.interval[1]:
+        parser.error(f"--interval {options.interval} must be LOW HIGH with LOW <= HIGH")
     if options.save_weights and not (options.ema and options.save_weights.endswith(".pt")):
         parser.error(f"--save-weights {options.save_weights} must end in .pt; it writes the "
                      f"averaged weights, so leave out --no-ema")

@@ -69,8 +69,10 @@ def parse(argv=None):
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="other fields of DiPConfig, such as head=mlp depth=4")
     add("--init", type=text, metavar="FILE", help="start from these weights: ours or the authors'")
-    add("--repa", metavar="ENCODER", help="align tokens with an encoder, such as dinov2_vitb14")
-    add("--repa-repo", default="facebookresearch/dinov2", help="the encoder's torch.hub repository")
+    add("--repa", type=text, metavar="ENCODER",
+        help="align tokens with an encoder, such as dinov2_vitb14")
+    add("--repa-repo", type=text, default="facebookresearch/dinov2",
+        help="the encoder's torch.hub repository")
     add("--repa-source", default="github", choices=("github", "local"), help="local: a folder")
     add("--steps", type=number(int, 1), help="updates [1600000; 3500]")
     add("--batch-size", type=number(int, 1), help="images per update, over all processes [256; 16]")
