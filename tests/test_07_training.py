@@ -20,13 +20,12 @@ import pytest
 import torch
 from commands import (TINY, assert_same_state, checkpoint, error_line, free_port, launch, leaves,
                       outcome, run, run_ranks)
-from helpers import SMALL, VARIANTS, awake, batch
+from helpers import awake, batch, lightning, release_weights, SMALL, VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.patches import StepPatch
 from matplotlib.path import Path as Polygon
 from PIL import Image
-from test_05_release import lightning, released
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import default_collate
 
@@ -843,7 +842,7 @@ def test_init_keeps_the_projector_of_repa_for_the_same_encoder_alone(theirs, our
 def test_the_authors_weights_are_trained_on(monkeypatch, tmp_path, capsys):
     """From the file their framework writes, at another image size.  The settings are the paper's
     where no preset names others."""
-    weights = released(D=16, heads=2, depth=2, classes=3, P=16, C=4)
+    weights = release_weights(D=16, heads=2, depth=2, classes=3, P=16, C=4)
     torch.save(lightning(weights, weights), tmp_path / "dip.ckpt")
     data = place(tmp_path / "pets", "cats/0.png", "dogs/0.png")
     run(monkeypatch, train, f"--init {tmp_path}/dip.ckpt --image-size 32 --data {data} --steps 1",
