@@ -225,7 +225,7 @@ def test_a_second_run_in_one_folder_is_refused_while_the_first_one_lives(monkeyp
     first = Background("train", TINY, f"--steps 9999 --save-every 1 --workers 1 --out {out}")
     wait_for(lambda: list(out.glob("ckpt-*.pt")), first)
     line = error_line(monkeypatch, train, TINY, f"--steps 1 --out {out}")
-    assert f"{out}: another process is writing there; wait for its end, or choose" in line
+    assert f"{out}: another process is writing there; wait until it ends, or choose" in line
     os.kill(first.pid, signal.SIGKILL)
     first.end()
     steps = checkpoint(out)["step"] + 1
@@ -247,7 +247,7 @@ def test_without_a_compiler_a_run_with_loaders_ends_in_one_line(tmp_path):
     code, _, errors = Background("train", f"{LOADERS} --compile --out {tmp_path}",
                                  first=without_a_compiler).end()
     assert code == 1 and "Traceback" not in errors, errors
-    assert ("train.py: error: --compile needs a C++ compiler; leave it out, or set CXX"
+    assert ("train.py: error: --compile needs a compiler; leave it out, or set CXX"
             in errors.splitlines()[-1])
 
 
@@ -338,7 +338,7 @@ def failing(number):
     return fail
 
 
-@pytest.mark.parametrize("number", ["ENOSYS", "EINVAL", "ENOLCK", "EOPNOTSUPP", "EIO"])
+@pytest.mark.parametrize("number", ["ENOSYS", "EINVAL", "EOPNOTSUPP", "EIO"])
 @pytest.mark.parametrize("module, name, what", [(fcntl, "lockf", "locks"), (os, "fsync", "fsync")])
 def test_a_service_that_a_disk_lacks_is_warned_of_and_an_error_of_the_disk_is_an_error(
         monkeypatch, four, six, module, name, what, number):
@@ -350,7 +350,7 @@ def test_a_service_that_a_disk_lacks_is_warned_of_and_an_error_of_the_disk_is_an
         assert "Input/output error" in error_line(monkeypatch, train, six.command, f"--out {four}")
         assert contents(four) == before
     else:
-        with pytest.warns(UserWarning, match=f"this file system has no {what}"):
+        with pytest.warns(UserWarning, match=f"no {what} here"):
             run(monkeypatch, train, six.command, f"--out {four}")
         assert checkpoint(four)["step"] == 6
 
@@ -367,7 +367,7 @@ def out_of_memory(*_, **__):
     (torch, "load", out_of_memory, "out of memory"),
     (zipfile.ZipFile, "testzip", failing(errno.EIO), "Input/output error"),
 ])
-def test_a_good_checkpoint_is_never_passed_over_for_what_is_not_in_the_file(
+def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(
         monkeypatch, six, four, capsys, module, name, fail, answer):
     """Catches an older checkpoint that is resumed, and the newer one overwritten, because the disk
     or the memory failed for a moment.  The same command goes on."""
@@ -377,7 +377,7 @@ def test_a_good_checkpoint_is_never_passed_over_for_what_is_not_in_the_file(
         assert answer in error_line(patch, train, six.command, f"--out {four}")
         if name == "load":
             assert answer in error_line(patch, sample, f"--ckpt {four} --device cpu")
-    assert "passed over" not in capsys.readouterr().out and contents(four) == before
+    assert "skipped" not in capsys.readouterr().out and contents(four) == before
     run(monkeypatch, train, six.command, f"--out {four}")
     assert_same_run(six.whole, four)
 
@@ -422,8 +422,8 @@ def flipped(data):
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b""])
-def test_a_damaged_newest_checkpoint_is_passed_over(monkeypatch, capsys, six, four, damage):
-    """Sampling passes it over too, except for a bit of a weight, which it does not look for."""
+def test_a_damaged_newest_checkpoint_is_skipped(monkeypatch, capsys, six, four, damage):
+    """Sampling skips it too, except for a bit of a weight, which it does not look for."""
     newest = four / "ckpt-00000004.pt"
     newest.write_bytes(damage(newest.read_bytes()))
     assert sample.find_checkpoint(four) == (
@@ -431,7 +431,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(monkeypatch, capsys, six, fo
     capsys.readouterr()
     run(monkeypatch, train, six.command, f"--out {four}")
     text = capsys.readouterr().out
-    assert f"warning: {newest} is " in text and "passed over" in text
+    assert f"warning: {newest} is " in text and "; skipped" in text
     assert "resumed at step 3" in text
     assert_same_run(six.whole, four)
 
@@ -694,12 +694,17 @@ def test_a_hostile_configuration_is_refused_before_it_is_built(scratch, small_st
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("key, value, answer", [
-    ("optimizer", {"state": 3}, "does not fit"), ("unlogged", torch.zeros(2), "does not fit"),
-    ("run", {"classes": ["one"]}, "classes=['one'] there, ['striped disc'"), ("run", 3, "not fit"),
+@pytest.mark.parametrize("spoil, answer", [
+    (lambda state: state.update(optimizer={"state": 3}), "does not fit"),
+    (lambda state: state.update(unlogged=torch.zeros(2)), "does not fit"),
+    (lambda state: state.update(run=3), "does not fit"),
+    (lambda state: state["run"].update(classes=["one"]), "classes=['one'] there, ['striped disc'"),
+    (lambda state: state["run"].update({"number of images": 7}), "images=7 there, 50000 here"),
 ])
-def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, key, value, answer):
-    torch.save(checkpoint(trained) | {key: value}, tmp_path / "ckpt-00000001.pt")
+def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, spoil, answer):
+    state = checkpoint(trained)
+    spoil(state)
+    torch.save(state, tmp_path / "ckpt-00000001.pt")
     assert answer in error_line(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}")
 
 
