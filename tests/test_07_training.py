@@ -14,15 +14,15 @@ import warnings
 from functools import partial
 
 import literal_sampling as literal
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from commands import (TINY, assert_same_state, checkpoint, error_line, free_port, launch, leaves,
                       outcome, run, run_ranks)
-from helpers import awake, batch, lightning, release_weights, SMALL, VARIANTS
+from helpers import SMALL, VARIANTS, awake, batch, lightning, release_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.path import Path as Polygon
 from PIL import Image
@@ -147,25 +147,27 @@ LAYOUTS = {          # as people download them: files -> classes, or what the me
                           "bullet_train train_station valley"),
     "nothing": ("readme.txt", "!no images"),
     "train is empty": ("train/a/", "!no images"),
-    "val alone": ("val/a/0.png val/b/0.png", "!val/, the name of a split"),
+    "val alone": ("val/a/0.png val/b/0.png", "!one folder of folders: give DATA/val itself?"),
     "empty classes": ("train/a/0.png train/b/ train/c/", "!folders without images: b, c"),
     "ImageNet's flat val": ("train/a/0.png train/b/0.png val/0.jpg",
                             "!train/ and val/ have different classes"),
     "another class in val": ("train/a/0.png train/b/0.png val/a/0.png val/c/0.png",
                              "!only one of them has b, c"),
-    "capital splits": ("Train/a/0.png Train/b/0.png Val/a/0.png", "!Train/, the name of a split"),
-    "MNIST": ("training/0/0.png testing/0/0.png", "!testing/, the name of a split"),
-    "COCO": ("train2017/0.jpg val2017/0.jpg", "!splits (train, val) among folders: train2017"),
+    "capital splits": ("Train/a/0.png Train/b/0.png Val/a/0.png",
+                       "!splits where classes should be: Train, Val"),
+    "MNIST": ("training/0/0.png testing/0/0.png", "!splits where classes should be: testing, training"),
+    "COCO": ("train2017/0.jpg val2017/0.jpg",
+             "!splits where classes should be: train2017, val2017"),
     "Kaggle": ("training_set/training_set/cats/0.jpg test_set/test_set/cats/0.jpg",
-               "!splits (test, training) among folders: test_set"),
+               "!splits where classes should be: test_set, training_set"),
     "Kaggle's ImageNet": ("ILSVRC/Data/CLS-LOC/train/a/0.jpg ILSVRC/Data/CLS-LOC/val/0.jpg",
-                          "!ILSVRC/Data/CLS-LOC/train/, the name of a split"),
+                          "!splits where classes should be: train, val"),
     "validation beside train": ("train/a/0.png validation/a/0.png",
                                 "!found train/ beside validation"),
     "one class beside train": ("train/a/0.png dogs/0.png", "!found train/ beside dogs"),
     "classes beside train": ("train/a/0.png b/0.png c/0.png d/0.png e/0.png",
                              "!found train/ beside b, c, d"),
-    "YOLO": ("images/train/0.jpg labels/train/0.txt", "!images/train/, the name of a split"),
+    "YOLO": ("images/train/0.jpg labels/train/0.txt", "!folders without images: labels"),
     "YOLO, splits first": ("train/images/0.jpg train/labels/0.txt",
                            "!folders without images: labels"),
     "EDM": ("00000/img00000000.png 00001/img00001000.png dataset.json", "!numbered folders"),
@@ -193,7 +195,7 @@ def test_every_layout_is_read_right_or_refused_by_what_was_found(tmp_path, name)
         assert data.classes == expected.split(" ") and (val is None) == ("val/" not in files)
         read = [file for file in files.split(" ") if file[-4:] in (".png", ".jpg")
                 and "/." not in f"/{file}" and not file.startswith(("val/", "test/"))]
-        assert len(data) == len(read) and all(data[i][0].shape == (16, 16, 3) for i in range(1))
+        assert len(data) == len(read) and data[0][0].shape == (16, 16, 3)
 
 
 def test_a_run_inside_its_own_data_is_refused(monkeypatch, tmp_path):
@@ -563,13 +565,13 @@ def test_log_pictures_and_checkpoints_come_when_they_are_due(monkeypatch, tmp_pa
     run(monkeypatch, train, TINY, f"--steps 7 --log-every 1 --keep 1 --out {tmp_path}/b")
     assert looks == [[2, [2]], [4, [2, 4]], [6, [4, 5, 6]], [7, [5, 6, 7]]]
     assert [path.name for path in (tmp_path / "b").glob("*.pt")] == ["ckpt-00000007.pt"]
-    coarse, fine = (train.read_log(tmp_path / name) for name in "ab")
+    coarse, fine = (loss_lines(tmp_path / name) for name in "ab")
     assert [line["step"] for line in coarse] == [3, 6, 7]
     losses = [line["loss"] for line in fine]
     means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
     assert [line["loss"] for line in coarse] == pytest.approx(means, rel=1e-5)
     for line in fine:
-        assert line["lr"] == 1e-3 and line["grad_norm"] > 0 and line["images_per_s"] > 0
+        assert line["lr"] == 1e-3 and line["grad_norm"] > 0
         assert len(line["loss_by_t"]) == 10 and "repa" not in line
     assert coarse[-1]["grad_norm"] == pytest.approx(fine[-1]["grad_norm"])
 
@@ -578,12 +580,14 @@ def test_a_checkpoint_is_builtins_and_tensors_and_says_what_it_is(monkeypatch, t
     run(monkeypatch, train, TINY, f"--steps 1 --data {folder}/train --out {tmp_path}/run")
     state = checkpoint(tmp_path / "run")                     # opens with weights_only=True
     assert state["config"]["num_classes"] == 3 and state["names"][0] == "goldfish"
-    assert (state["step"], state["images"], state["options"]["seed"]) == (1, 12, 0)
+    assert (state["step"], state["options"]["seed"]) == (1, 0)
     assert state["classes"] == ["n01443537", "n02509815", "zebra finch"]
     allowed = (torch.Tensor, int, float, str, bool, type(None))
     assert all(isinstance(leaf, allowed) for _, leaf in leaves(state))
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1]
+    begin, line = map(json.loads, lines)     # what the run is, and its losses
+    assert (begin["options"], begin["config"]) == (state["options"], state["config"])
+    assert line["step"] == 1 and line["loss"] > 0
 
 
 @pytest.mark.parametrize("size, classes, drawn", [
@@ -611,25 +615,25 @@ def test_a_picture_shows_five_images_of_at_most_ten_classes(monkeypatch, tmp_pat
     assert {(averaged, seed, steps) for averaged, _, _, seed, steps in calls} == {
         (True, 4, 10 if size > 64 else 20)}
     assert sizes == ([2, 2, 1] if val_data else [])
-    assert [line["step"] for line in train.read_log(tmp_path)] == ([3] if val_data else [])
+    assert len(train.read_log(tmp_path)) == bool(val_data)
     assert {path.name for path in tmp_path.glob("*.png")} == {"samples-00000003.png", "loss.png"}
 
 
 def test_loss_png_shows_both_losses_and_both_by_t(tmp_path, twenty):
     """Lines by step, stairs by t at the last step.  Catches a warning on an empty log."""
-    shown, close = [], plt.close
+    shown = []
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
-        patch.setattr(plt, "close", shown.append)
+        patch.setattr(train, "Figure", lambda *a, **k: shown.append(Figure(*a, **k)) or shown[-1])
         train.draw_losses(tmp_path, 0)
         (tmp_path / "log.jsonl").write_bytes((twenty[1] / "log.jsonl").read_bytes())
         train.draw_losses(tmp_path, 0.8)
-    _, figure = shown
+    figure = shown[-1]
     *panels, by_t = figure.axes
     stairs = [patch for patch in by_t.patches if isinstance(patch, StepPatch)]
     assert len(stairs) == 2 and (tmp_path / "loss.png").exists()
     for panel, step, key, title in zip(panels, stairs, ("loss", "val_loss"), (
-            "training, logit t around 0.8", "validation, EMA, logit t around 0")):
+            "training, mean logit t = 0.8", "validation, EMA, mean logit t = 0")):
         lines = [line for line in train.read_log(tmp_path) if key in line]
         assert panel.get_title() == step.get_label() == title
         assert list(panel.lines[0].get_xdata()) == [line["step"] for line in lines]
@@ -637,8 +641,6 @@ def test_loss_png_shows_both_losses_and_both_by_t(tmp_path, twenty):
         values, edges, _ = step.get_data()
         np.testing.assert_array_equal(values, np.array(lines[-1][f"{key}_by_t"], dtype=float))
         np.testing.assert_allclose(edges, np.arange(11) / 10)
-    for figure in shown:
-        close(figure)
 
 
 # --- many processes, micro-batches, workers -------------------------------------------------------
@@ -651,12 +653,6 @@ def assert_same_training(one, other, *keys):
         losses = [[line[key] for line in train.read_log(run) if key in line]
                   for run in (one, other)]
         assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_four_micro_batches_train_the_run_of_one(monkeypatch, tmp_path, twenty):
-    command, one = twenty
-    run(monkeypatch, train, command, f"--micro-batch 1 --sample-every 0 --out {tmp_path}")
-    assert_same_training(one, tmp_path, "loss", "grad_norm")
 
 
 def test_two_nodes_under_torchrun_train_the_run_of_one_process(tmp_path, twenty):
@@ -766,7 +762,7 @@ def test_repa_aligns_with_a_local_encoder_and_resumes_bit_for_bit(monkeypatch, t
     """The encoder stays out of the checkpoint."""
     run(monkeypatch, train, TINY, "--steps 60 --save-every 20 --keep 3", aligned,
         f"--out {tmp_path}/run")
-    losses = [line["repa"] for line in train.read_log(tmp_path / "run")]
+    losses = [line["repa"] for line in loss_lines(tmp_path / "run")]
     assert len(losses) == 6 and 0 < losses[-1] < 0.8 * losses[0]
     state = checkpoint(tmp_path / "run")
     assert state["config"]["repa_dim"] == 6
