@@ -10,8 +10,8 @@ out.  "photos_native_P" are the same in the size in which they are stored.  "sha
 shapes, given all of x_t: their means over the patches, and those of the mean covariance.
 """
 
+import argparse
 import io
-import sys
 import zipfile
 from pathlib import Path
 
@@ -62,8 +62,8 @@ def of_photos(path, kind, side):
     """Prints how far the bounds are apart that either half of the photos gives."""
     halves = [moments(cut(photo, side) for i, photo in enumerate(photos(path, kind == "native"))
                       if i % 2 == half) for half in (0, 1)]
-    bounds = [[token_cost(cost_unseen(eigenvalues(half), t), k) for t in SHAPES_TIMES
-               for k in (384, 768, 1152)] for half in halves]
+    bounds = [[token_cost(cost_unseen(values, t), k) for t in SHAPES_TIMES
+               for k in (384, 768, 1152)] for values in map(eigenvalues, halves)]
     apart = np.abs(np.subtract(*bounds)).max()
     print(f"photos, {kind}, {side} x {side}: {sum(halves)[0, 0]:.0f} patches; bounds from two "
           f"halves are up to {apart:.4f} apart")
@@ -89,7 +89,10 @@ def of_shapes(number=50_000, size=32, sides=(4, 8)):
 
 
 if __name__ == "__main__":
-    result = of_shapes() | {f"photos_{kind}_{side}": of_photos(sys.argv[1], kind, side)
+    parser = argparse.ArgumentParser(description="Makes theory/patches.npz.")
+    parser.add_argument("photos", help="zip of JPEGs, in any folders")
+    path = parser.parse_args().photos
+    result = of_shapes() | {f"photos_{kind}_{side}": of_photos(path, kind, side)
                             for kind in ("256", "native") for side in (16, 32)}
     np.savez(Path(__file__).with_name("patches.npz"),
              **{name: values.astype(np.float32) for name, values in result.items()})
