@@ -395,7 +395,7 @@ def test_a_picture_replaces_pictures_only(monkeypatch, trained, tmp_path, flat_i
     for name in ("g.png", "g-trajectory.png", "g-trajectory.gif"):
         (tmp_path / name).write_text("not a picture")
         line = error_line(monkeypatch, sample, command)
-        assert f"{tmp_path}/{name} is no PNG or GIF; delete it, or choose another --out" in line
+        assert f"{tmp_path}/{name} exists and is not a picture; choose another --out" in line
         assert (tmp_path / name).read_text() == "not a picture"
         (tmp_path / name).unlink()
     run(monkeypatch, sample, command)
@@ -510,7 +510,7 @@ def test_of_two_exports_into_one_file_the_second_is_refused(monkeypatch, trained
     while first.is_alive() and not (tmp_path / "s.npz.parts" / "settings.json").exists():
         time.sleep(0.05)
     line = error_line(monkeypatch, sample, EXPORT, f"--ckpt {trained} --out {out}")
-    assert "another process is writing there; wait for its end, or choose another --out" in line
+    assert "another process is writing there; wait until it ends, or choose another" in line
     (tmp_path / "go").touch()
     assert first.end()[0] == 0
     assert_is_export(out, exported)
@@ -610,10 +610,10 @@ def test_a_class_is_found_by_index_folder_or_name():
     assert find_class("zebra finch", ["zebra_finch"], ["zebra_finch"]) == 0
     digits = ["0", "1", "10", "2"]                           # sorted as folder names are
     assert [find_class(query, digits, digits) for query in ("2", "10")] == [2, 2]
-    with pytest.raises(ValueError, match=r"names the classes \[1, 2\]; give one of these numbers"):
+    with pytest.raises(ValueError, match=r"matches several classes; give an index: \[1, 2\]"):
         find_class("crane", classes, names)
-    with pytest.raises(ValueError, match="unknown; near it: 'goldfish'"):
+    with pytest.raises(ValueError, match="unknown; did you mean 'goldfish', or an"):
         find_class("goldfisch", classes, names)
     for query in ("\u00b2", "xyzzy", "3"):                   # a digit that is no number
-        with pytest.raises(ValueError, match="'goldfish', 'crane', 'crane'; or an index from 0 to"):
+        with pytest.raises(ValueError, match="'goldfish', 'crane', 'crane', or an index from 0 to"):
             find_class(query, classes, names)

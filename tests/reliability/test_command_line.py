@@ -30,7 +30,7 @@ EMPTY = "it is empty; an unset variable?"
     ("--model DiP-XXL", "--model: invalid choice: 'DiP-XXL' (choose from 'DiT-XL/16', "),
     ("--set hat=2", "--set='hat' is not one of: patch_size"),
     ("--set image_size=64", "--set='image_size' is not one of: patch_size"),
-    *[(f"--set depth{value}", f"--set depth{value}: depth is a whole number")
+    *[(f"--set depth{value}", f"--set depth{value}: depth must be a whole number")
       for value in ("=two", "=2.5", "")],
     ("--set depth=-1", "depth=-1 must be a whole number, at least 1"),
     ("--set head=none head_width=3", "head='none' takes no head_width=3"),
@@ -67,11 +67,11 @@ def test_training_refuses_to_continue_another_run(monkeypatch, trained):
     before = {path: path.read_bytes() for path in trained.iterdir()}
     for command, answer in (
             (TINY.replace("depth=2", "depth=3", 1), "depth=2 there, 3 here"),
-            (f"{TINY} --seed 7", "--seed=0 there, 7 here"),
-            (f"{TINY} --batch-size 8", "--batch-size=4 there, 8 here"),
-            (f"{TINY} --ema 0.5", "--ema=0.9999 there, 0.5 here"),
-            (f"{TINY} --label-dropout 0", "--label-dropout=0.1 there, 0.0 here"),
-            (f"{TINY} --time-mean 1", "--time-mean=0.0 there, 1.0 here")):
+            (f"{TINY} --seed 7", "seed=0 there, 7 here"),
+            (f"{TINY} --batch-size 8", "batch_size=4 there, 8 here"),
+            (f"{TINY} --ema 0.5", "ema=0.9999 there, 0.5 here"),
+            (f"{TINY} --label-dropout 0", "label_dropout=0.1 there, 0.0 here"),
+            (f"{TINY} --time-mean 1", "time_mean=0.0 there, 1.0 here")):
         line = error_line(monkeypatch, train, command, "--steps 2 --out", trained)
         assert f"does not fit; choose another --out ({answer})" in line
     assert {path: path.read_bytes() for path in trained.iterdir()} == before
@@ -121,13 +121,13 @@ def test_without_pictures_none_are_drawn_and_with_them_they_are_named(monkeypatc
     assert f"look at {out}/samples-00000002.png and {out}/loss.png; next" in capsys.readouterr().out
 
 
-ALL = "--num-samples takes all classes in turn; leave out --class, --per-class and --trajectory"
+ALL = "--num-samples takes all classes in turn; leave out --class, --per-class, --trajectory and "
 
 
 @pytest.mark.parametrize("words, answer", [
-    *[(f"--class {name}", f"--class '{name}' is unknown; near it: ")
+    *[(f"--class {name}", f"--class '{name}' is unknown; did you mean ")
       for name in ("unicorn", "10", "-1", "\u00b2")],
-    ("--class unicorn", "; or an index from 0 to 9"),
+    ("--class unicorn", ", or an index from 0 to 9?"),
     ("--interval 0.9 0.1", "--interval [0.9, 0.1] must be LOW HIGH with LOW <= HIGH"),
     ("--num-samples 3 --interval 0.9 0.1", "--interval [0.9, 0.1] must be LOW HIGH"),
     *[(f"{option} {value}", f"{option.split()[0]}: {value.split()[0]} must be finite, from ")
@@ -241,7 +241,7 @@ NO_FILE, NO_WEIGHTS = "is not a checkpoint, or not all of it is there", "is neit
     (lambda path, _: torch.save(Hostile(), path), NO_FILE),
     (lambda path, _: torch.save({"config": {}}, path), NO_WEIGHTS),
     (lambda path, _: torch.save({"w": torch.ones(2)}, path), NO_WEIGHTS),
-    (changed(classes=["one"]), "its classes"),
+    (changed(classes=["one"]), "classes and names are not 10 texts each"),
     (with_weights(lambda w: w.pop("embed.bias")), '"embed.bias"'),
     (with_weights(lambda w: w.update(new=torch.ones(1))), '"new"'),
     (with_weights(lambda w: w.update({"embed.bias": torch.ones(3)})), "size mismatch for embed.b"),
