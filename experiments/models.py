@@ -208,5 +208,3 @@ EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a 
         gaussian.BASE.replace(hidden_size=D), {"DiT-only": 1e-3, "DiP": 1e-3},
         gaussian.GaussianData(200_000), (1500,), gaussian.measure, **gaussian.TRAINING)
         for D in (32, 96)}}
-RATES = {"paths": ((3e-3, 6e-3, 1.2e-2), 1000), "crossover": ((1e-3, 3e-3, 6e-3), 500),
-         "heads": ((1e-3, 3e-3, 6e-3), 500)}  # tried on seed 9: (rates, steps)

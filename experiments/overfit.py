@@ -34,20 +34,19 @@ def psnr(images, truth):
 def measure(lab, name, model, net):
     """The PSNR; the first sample is kept for draw()."""
     images = lab.sample(net, 4)
-    words = "wide" if model.config.hidden_size > 192 else "narrow"
-    plt.imsave(f"{lab.options.runs}/photo, {name}, {words}.png", images[0])
+    width = "wide" if model.config.hidden_size > 3 * model.config.patch_size**2 else "narrow"
+    plt.imsave(Path(lab.options.runs, f"{name}, {width}.png"), images[0])
     return dict(psnr=psnr(images, PHOTO))
 
 
 def draw(runs):
-    """The photo and the samples that measure() kept, with crops."""
-    samples = {path.stem[7:]: plt.imread(path)
-               for path in sorted(Path(runs).glob("photo, *.png"))}
-    figure, panels = plt.subplots(2, 1 + len(samples), figsize=(10, 4.3), layout="constrained")
-    for (upper, lower), (name, image) in zip(panels.T, ({"the photo": PHOTO} | samples).items()):
-        upper.imshow(image, interpolation="nearest")
-        lower.imshow(image[4:36, 32:64], interpolation="nearest")
-        upper.set_title(name, size=10)
-        for axes in (upper, lower):
-            axes.set_axis_off()
-    return figure
+    """The photo and the samples that measure() kept, with crops; None without any."""
+    samples = {path.stem: plt.imread(path) for path in sorted(Path(runs).glob("*, *.png"))}
+    if samples:
+        figure, panels = plt.subplots(2, 5, figsize=(10, 4.3), layout="constrained")
+        for line, crop in zip(panels, (slice(None), (slice(4, 36), slice(32, 64)))):
+            for axes, (name, image) in zip(line, ({"the photo": PHOTO} | samples).items()):
+                axes.imshow(image[crop], interpolation="nearest")
+                axes.set_title(name, size=10)
+                axes.set_axis_off()
+        return figure

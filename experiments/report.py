@@ -4,43 +4,34 @@ From measured rows to tables and figures.
 A row of results/NAME.json is one training after some steps.  Seeds 0, 1 and 2 are judged; seed 9
 only chooses learning rates.  Models are compared in pairs of one seed, which see the same images,
 times and noise: the mean of the differences to the first model of the group ± its standard error.
-Bold: beyond three standard errors, of three seeds.  By chance that is so in one comparison of ten
-(Student's t with two degrees of freedom).
+Bold: beyond three standard errors.  Of three seeds, chance does that in one comparison of ten.
 """
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-
-from sample import save_atomically
+from matplotlib.ticker import LogFormatter
 
 HERE, SEEDS, RATE_SEED = Path(__file__).parent, (0, 1, 2), 9
 LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet distance",
-          "recognised": "recognised", "seam": "seam", "psnr": "PSNR, dB", "probe": "accuracy",
+          "recognised": "recognised", "seam": "seam", "gflops": "GFLOPs", "psnr": "PSNR, dB", "probe": "accuracy",
           "to_tree": "distance to the tree", "from_tree": "distance from the tree",
           **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
 ANSWER = {               # what the first table of the page compares
-    "narrow, 1000 steps": ("crossover", "16 of 48", 1000),
-    "wide, 2000 steps": ("heads", "wide, shapes", 2000),
-    "wide, 8000 steps": ("heads", "wide, shapes, longer", 8000),
-    "photos, 2000 steps": ("heads", "wide, photos", 2000),
-    "photos of 64, 10,000 steps": ("heads", "photos of 64", 10_000)}
+    "narrow, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
+    "wide, shapes, 2000": ("heads", "wide, shapes", 2000),
+    "wide, shapes, 8000": ("heads", "wide, shapes, longer", 8000),
+    "wide, photos, 2000": ("heads", "wide, photos", 2000),
+    "paper's geometry, photos, 10,000": ("heads", "photos of 64", 10_000)}
 
 
 def read_rows(name, folder=HERE / "results"):
     path = Path(folder, f"{name}.json")
     return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
-def write_rows(name, rows, folder):
-    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    save_atomically(Path(folder, f"{name}.json"),
-                    lambda partial: partial.write_text('{"rows": [\n' + text + "\n]}\n"))
 
 
 def find(rows, **where):
@@ -65,74 +56,63 @@ def rates_of(rows, group, model):
             for row in find(rows, group=group, model=model, seed=RATE_SEED)}
 
 
-def format_mean(numbers):
-    """Mean ± standard deviation over the seeds, to three digits or to the first of the spread."""
-    if not numbers:
-        return "-"
+def format_mean(numbers, paired=False):
+    """Mean ± standard deviation; or, of paired differences, ± standard error, bold beyond three."""
+    if len(numbers) < 1 + paired:
+        return "" if paired else "-"
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0
-    n = max(0, *(digits - math.floor(math.log10(abs(x)))
-                 for x, digits in ((mean, 2), (spread, 0)) if x))
-    return f"{mean:.{n}f}" + (f" ± {spread:.{n}f}" if numbers[1:] else " (1 seed)")
-
-
-def format_difference(numbers):
-    """Mean ± standard error; bold beyond three standard errors, of three seeds."""
-    if len(numbers) < 2:
-        return ""
-    mean, error = statistics.mean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
-    n = max(0, 1 - math.floor(math.log10(error))) if error else 3
-    bold = "**" if abs(mean) > 3 * error and numbers[2:] else ""
-    return f"{bold}{mean:+.{n}f} ± {error:.{n}f}{bold}".replace("-", "−")
+    spread /= math.sqrt(len(numbers)) if paired else 1
+    digits = ((spread, 1),) if paired else ((mean, 2), (spread, 0))      # after the first digit
+    n = max(0, *(d - math.floor(math.log10(abs(x))) for x, d in digits if x), 0)
+    text = f"{mean:{'+' * paired}.{n}f}" + f" ± {spread:.{n}f}" * bool(numbers[1:])
+    text += "" if numbers[2:] else f" ({len(numbers)} of 3)"
+    bold = "**" if paired and numbers[2:] and abs(mean) > 3 * spread else ""
+    return f"{bold}{text}{bold}".replace("-", "−")
 
 
 def markdown(header, lines):
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+    return "\n".join(f"| {' | '.join(cells)} |"
+                     for cells in (header, ["---"] * len(header), *lines))
 
 
 def table(groups, rows, measures=tuple(LABELS), last=False):
     """A line a model, after all numbers of steps or the last; a column a measure, and one of its
     differences to the first model of the group."""
-    measures, lines = [m for m in measures if any(m in row for row in rows)], []
+    measures = [m for m in measures if m != "gflops" and any(m in row for row in rows)]
+    lines = []
     for group, models in groups.items():
         first = next(iter(models))
         for steps in models[first].steps[-1 if last else 0:]:
-            for model in models:
+            for name in models:
                 place = dict(group=group, steps=steps)
-                found = [row for row in find(rows, model=model, **place) if row["seed"] in SEEDS]
+                found = [row for row in find(rows, model=name, **place) if row["seed"] in SEEDS]
                 if not found:
                     continue
-                cells = [group, model, str(steps), f"{found[0].get('gflops', 0):.3f}"]
+                lines.append([group, name, str(steps), f"{found[0].get('gflops', 0):.3g}"])
                 for m in measures:
-                    cells.append(format_mean([row[m] for row in found if row.get(m) is not None]))
-                    cells.append(format_difference(differences(rows, m, model, first, **place)))
-                lines.append(cells)
-    columns = [name for m in measures for name in (LABELS[m], "to the first")]
+                    pairs = differences(rows, m, name, first, **place) if name != first else []
+                    lines[-1] += [format_mean([row[m] for row in found if row.get(m) is not None]),
+                                  format_mean(pairs, paired=True)]
+    columns = [label for m in measures for label in (LABELS[m], "to the first")]
     return markdown(["group", "model", "steps", "GFLOPs", *columns], lines)
 
 
 def rates_table(groups, rows):
-    """Loss on seed 9 at each learning rate; bold: the lowest."""
+    """Loss on seed 9 at each learning rate."""
     rates = sorted({row["lr"] for row in find(rows, seed=RATE_SEED)})
-    lines = []
-    for group, models in groups.items():
-        for model in models:
-            if tried := rates_of(rows, group, model):
-                cells = [f"{tried[lr]:.4f}" if lr in tried else "-" for lr in rates]
-                best = rates.index(min(tried, key=tried.get))
-                cells[best] = f"**{cells[best]}**"
-                lines.append([group, model, *cells])
-    return markdown(["group", "model", *map("{:g}".format, rates)], lines) if lines else ""
+    tried = [(group, name, rates_of(rows, group, name)) for group in groups for name in groups[group]]
+    return "" if not rates else "\nLoss on seed 9 at each learning rate:\n\n" + markdown(["group", "model", *map("{:g}".format, rates)], [
+        [group, name, *(f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates)]
+        for group, name, losses in tried if losses]) + "\n"
 
 
-def answer(read=read_rows):
-    """The differences U-Net - no head, in units of each measure: a line a measure."""
-    lines = []
-    for m in ("loss", "detail", "frechet", "recognised", "seam"):
-        found = [differences(read(name), m, "U-Net", "no head", group=group, steps=steps)
-                 for name, group, steps in ANSWER.values()]
-        lines.append([LABELS[m], *map(format_difference, found)])
-    return markdown(["U-Net minus no head", *ANSWER], lines)
+def answer():
+    """U-Net minus no head: a line a measure, in its own units."""
+    return markdown(["U-Net minus no head", *ANSWER], [
+        [LABELS[m], *(format_mean(differences(read_rows(name), m, "U-Net", "no head", group=group,
+                                              steps=steps), paired=True)
+                      for name, group, steps in ANSWER.values())]
+        for m in ("loss", "detail", "frechet", "recognised", "seam", "gflops")])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -140,58 +120,56 @@ def answer(read=read_rows):
 
 
 def dots(rows, groups, measures=("loss", "frechet")):
-    """A panel for each measure and group, after the group's last step: a line a model, a dot a
-    seed."""
-    rows = [row for row in rows if row["group"] in groups and row["seed"] in SEEDS]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    height = len(measures) * (0.2 * len(models) + 0.7)
-    figure, panels = plt.subplots(len(measures), len(groups), figsize=(10, height), sharey=True,
-                                  squeeze=False, layout="constrained")
-    for line, measure in zip(panels, measures):
-        for axes, group in zip(line, groups):
+    """A panel for each measure and group: a line a model, a dot a seed, after the last step."""
+    rows = [row for row in rows if row["seed"] in SEEDS and row["group"] in groups]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(len(measures), len(groups), sharey=True, layout="constrained",
+                                  squeeze=False, figsize=(11, 0.45 * len(names) + 1.8))
+    for measure, line in zip(measures, panels):
+        for group, axes in zip(groups, line):
             steps = max(row["steps"] for row in find(rows, group=group))
-            for place, model in enumerate(models):
-                found = by_seed(rows, measure, group=group, model=model, steps=steps).values()
+            for place, name in enumerate(names):
+                found = by_seed(rows, measure, group=group, model=name, steps=steps).values()
                 axes.plot(list(found), [place] * len(found), "o", alpha=0.7, markersize=5)
-            axes.set(xscale="log", ylim=(len(models) - 0.5, -0.5), xlabel=LABELS[measure])
-            axes.set_yticks(range(len(models)), models)
-            for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-                axis("{x:.3g}")
-            axes.tick_params(axis="x", which="both", labelsize=7, rotation=60)
-            axes.grid(alpha=0.3, which="both")
+            axes.set(xscale="log", ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
             axes.set_title(f"{group}, {steps} steps", size=9)
+            axes.set_yticks(range(len(names)), names, size=9)
+            axes.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+            axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+            axes.tick_params(axis="x", which="both", labelsize=7)
+            axes.grid(alpha=0.3, which="both")
     return figure
 
 
 def crossover(rows):
     """Losses and distance over the width of tokens, with the least loss that a token allows."""
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    widths = {f"{D} of 48": D / 48 for D in (16, 36, 48, 72, 144)}
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    widths = {row["group"]: int(row["group"].split()[0]) / 48 for row in rows}
     for axes, measure in zip(panels, ("loss", "detail", "frechet")):
-        for model, colour in (("no head", "C1"), ("U-Net", "C0")):
-            found = [list(by_seed(rows, measure, group=group, model=model).values())
+        for name, colour in (("no head", "C1"), ("U-Net", "C0")):
+            found = [list(by_seed(rows, measure, group=group, model=name).values())
                      for group in widths]
             axes.plot(widths.values(), found, "o", color=colour, alpha=0.4, markersize=4)
-            axes.plot(widths.values(), np.mean(found, axis=1), color=colour, label=model)
+            axes.plot(widths.values(), np.mean(found, axis=1), color=colour, label=name)
         for ratio, name in ((0.375, "DiP-XL/32"), (1.5, "DiP-XL/16")):
             axes.axvline(ratio, color="grey", linestyle=":")
-            axes.text(ratio, 1.01, name, transform=axes.get_xaxis_transform(), size=8, ha="center",
-                      color="grey")
-        axes.set(xscale="log", yscale="log", xlabel="width of a token / values of a patch")
+            axes.text(ratio, 1.01, name, transform=axes.get_xaxis_transform(), size=8, ha="center")
+        axes.set(xscale="log", yscale="log", xlabel="width of a token / values of its patch")
         axes.set_title(LABELS[measure], size=10, pad=16)
-        axes.set_xticks(list(widths.values()), ["0.33", "0.75", "1", "1.5", "3"])
+        axes.set_xticks(list(widths.values()), [f"{x:.2g}" for x in widths.values()])
+        axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.tick_params(axis="y", which="both", labelsize=7)
-        axes.grid(alpha=0.3)
-    ratios = np.linspace(1 / 3, 0.95)
+        axes.grid(alpha=0.3, which="both")
+    ratios = np.linspace(1 / 3, 0.88)
     panels[0].plot(ratios, 1 - ratios, "k--", label="bound for no head")
     panels[0].legend(fontsize=8)
     return figure
 
 
-FIGURES = {"paths": lambda rows: dots(rows, list(dict.fromkeys(row["group"] for row in rows))),
-           "heads": lambda rows: dots(rows, list(dict.fromkeys(row["group"] for row in rows))),
+FIGURES = {"paths": lambda rows: dots(rows, {row["group"] for row in rows}),
+           "heads": lambda rows: dots(rows, {row["group"] for row in rows}),
            "short": lambda rows: dots(rows, ("narrow, shapes", "wide, shapes")),
            "crossover": crossover}

@@ -5,13 +5,10 @@ What a head costs.
     python -m experiments.speed DiT-XL/16 DiP-XL/16 --train    # measure passes, in turns
     python -m experiments.speed --plan DiP-XL/16 DiP-B/16      # predict training steps
 
-Measuring: models take turns, so that whatever else the machine does touches all of them.  "Products"
-is the time of the matrix products, convolutions and attention in one more pass, each timed by
-itself: a floor for any code that leaves them as they are.
-
-Predicting: a training step under bf16 autocast runs on fake tensors, which have no values.  Peak
-memory is torch's MemTracker's.  Time is a roofline: each kernel takes the longest of its FLOPs, its
-bytes and a launch, at the peak rates of a card.
+"Products" is the time of the matrix products, convolutions and attention in one more pass, each
+timed by itself: a floor for any code that leaves them as they are.  A prediction runs a training
+step under bf16 autocast on fake tensors, which have no values.  Peak memory is torch's MemTracker's.
+Each kernel takes the longest of its FLOPs, its bytes and a launch, at the peak rates of a card.
 """
 
 import statistics
@@ -32,8 +29,14 @@ from sample import Parser, autocast, number, run, start_processes
 PAPER_MILLIONS = {       # Tables 1, 2 and 3
     "DiT-XL/16": 629, "DiT-XL-deep/16": 772, "DiT-XL-1280/16": 776, "DiT-XL-1536/16": 1100,
     "DiP-XL/16": 631, "DiP-XL/16-mlp": 630, "DiP-XL/16-coordinate": 700, "DiP-XL/16-attention": 630,
-    "DiP-XL/32": 631,
-}
+    "DiP-XL/32": 631}
+CARDS = {    # dense bf16 FLOP/s and bytes/s of the SXM cards, from NVIDIA's data sheets
+    "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+LAUNCH = 5e-6            # seconds that a small kernel takes at least, an assumption
+FLASH = "_scaled_dot_product_flash_attention"                # has another name on a CPU
+FLOPS = flop_registry | {                                    # {operator: its FLOPs}
+    getattr(torch.ops.aten, f"{FLASH}_for_cpu{way}"): flop_registry[
+        getattr(torch.ops.aten, FLASH + way)] for way in ("", "_backward")}
 
 
 def cost(config, build=DiP):
@@ -58,18 +61,6 @@ def print_presets():
         tokens = (config.image_size // config.patch_size) ** 2
         paper = f"{PAPER_MILLIONS[name]} M" if name in PAPER_MILLIONS else "-"
         print(f"| {name} | {parameters / 1e6:.1f} M | {flops / 1e9:.1f} | {tokens} | {paper} |")
-
-
-# -------------------------------------------------------------------------------------------------
-# Prediction
-
-CARDS = {    # dense bf16 FLOP/s and bytes/s of the SXM cards, from NVIDIA's data sheets
-    "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-LAUNCH = 5e-6            # seconds that a small kernel takes at least, an assumption
-FLASH = "_scaled_dot_product_flash_attention"                # has another name on a CPU
-FLOPS = flop_registry | {                                    # {operator: its FLOPs}
-    getattr(torch.ops.aten, f"{FLASH}_for_cpu{way}"): flop_registry[
-        getattr(torch.ops.aten, FLASH + way)] for way in ("", "_backward")}
 
 
 class Roofline(TorchDispatchMode):
@@ -118,21 +109,15 @@ def plan(config, micro_batch, grad_checkpoint, card):
     return memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], roofline
 
 
-def print_plan(options):
-    """A Markdown table: a line a preset, plain and with --grad-checkpoint."""
-    print(f"| predicted, micro-batch {options.batch} | peak GiB | TFLOPs | kernels | ms on one "
-          f"{options.card}, at least | images/s, at most |\n|---|---|---|---|---|---|")
-    for name in options.plan:
+def print_plan(names, B, card):
+    print(f"| micro-batch {B}, one {card}, predicted | peak GiB | TFLOPs | kernels | ms, at least "
+          f"| images/s, at most |\n|---|---|---|---|---|---|")
+    for name in names:
         for recompute in (False, True):
-            peak, roofline = plan(PRESETS[name], options.batch, recompute, options.card)
+            peak, found = plan(PRESETS[name], B, recompute, card)
             print(f"| {name}{', --grad-checkpoint' * recompute} | {peak / 2**30:.1f} | "
-                  f"{roofline.flops / 1e12:.1f} | {roofline.launches} | "
-                  f"{roofline.seconds * 1e3:.0f} | "
-                  f"{options.batch / roofline.seconds:.0f} |", flush=True)
-
-
-# -------------------------------------------------------------------------------------------------
-# Measurement
+                  f"{found.flops / 1e12:.1f} | {found.launches} | {found.seconds * 1e3:.0f} | "
+                  f"{B / found.seconds:.0f} |", flush=True)
 
 
 def clock(device):
@@ -157,45 +142,37 @@ class Products(TorchDispatchMode):
         return out
 
 
-def make_pass(config, options, device):
-    """A function that runs one pass of a model: forward, or forward and backward."""
-    model = DiP(config).to(device)
-    train.prepare(model, options)
-    x = torch.randn(options.batch, 3, config.image_size, config.image_size, device=device)
-    t = torch.rand(options.batch, device=device)
-    y = torch.zeros(options.batch, dtype=torch.long, device=device)
-
-    def one_pass():
-        with autocast(device), torch.set_grad_enabled(options.train):
-            loss = flow_matching_loss(model, x, y, t, x)[0].mean()
-        if options.train:
-            loss.backward()
-            model.zero_grad()
-
-    return one_pass
+def one_pass(model, options, device):
+    """Forward pass of the loss, and backward with --train."""
+    B, size = options.batch, model.config.image_size
+    x, t = torch.ones(B, 3, size, size, device=device), torch.full((B,), 0.5, device=device)
+    with autocast(device), torch.set_grad_enabled(options.train):
+        flow, _ = flow_matching_loss(model, x, torch.zeros_like(t).long(), t, x)
+    if options.train:
+        flow.mean().backward()
+        model.zero_grad()
 
 
 def measure(options, device):
-    """A Markdown table: a line a preset."""
-    passes = [make_pass(PRESETS[name], options, device) for name in options.models]
-    times, products = [[] for _ in passes], [[] for _ in passes]
+    """A line a preset.  Models take turns: whatever else the machine does touches all of them."""
+    models = [train.prepare(DiP(PRESETS[name]).to(device), options) for name in options.models]
+    turns = []
     for _ in range(options.repeat):
-        for k, one_pass in enumerate(passes):
+        for model in models:
             start = clock(device)
-            one_pass()
-            times[k].append(clock(device) - start)
-            with Products(device) as inside:
-                one_pass()
-            products[k].append(inside.seconds)
-    middle = [statistics.median(seconds[1:]) for seconds in times]       # the first warms up
-    print(f"| {'forward + backward' if options.train else 'forward'}, batch {options.batch}, "
-          f"{device} | s | min to max | to the first | products, s |\n|---|---|---|---|---|")
+            one_pass(model, options, device)
+            seconds = clock(device) - start
+            with Products(device) as products:
+                one_pass(model, options, device)
+            turns.append((seconds, products.seconds))
+    print(f"| batch {options.batch}, {device}, {torch.get_num_threads()} threads | s, median of "
+          f"{options.repeat - 1} after a warm-up | least | most | products, s |\n|{'---|' * 5}")
     for k, name in enumerate(options.models):
-        print(f"| {name} | {middle[k]:.3f} | {min(times[k][1:]):.3f} to {max(times[k][1:]):.3f} | "
-              f"{middle[k] / middle[0]:.3f} | {statistics.median(products[k][1:]):.3f} |")
-    print(f"medians of n = {options.repeat - 1} after a warm-up, {torch.get_num_threads()} threads")
+        times, products = zip(*turns[k::len(models)][1:])
+        print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | "
+              f"{statistics.median(products):.3f} |")
     if device.type == "cuda":
-        print(f"peak memory of all: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 def main():
@@ -217,7 +194,7 @@ def main():
     if options.presets:
         print_presets()
     elif options.plan:
-        print_plan(options)
+        print_plan(options.plan, options.batch, options.card)
     else:
         measure(options, device)
 
