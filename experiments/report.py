@@ -14,11 +14,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 HERE, SEEDS, RATE_SEED = Path(__file__).parent, (0, 1, 2), 9
 LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet distance",
-          "recognised": "recognised", "seam": "seam", "gflops": "GFLOPs", "psnr": "PSNR, dB", "probe": "accuracy",
+          "recognised": "recognised", "seam": "seam", "psnr": "PSNR, dB", "probe": "accuracy",
           "to_tree": "distance to the tree", "from_tree": "distance from the tree",
           **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
 ANSWER = {               # what the first table of the page compares
@@ -72,14 +72,13 @@ def format_mean(numbers, paired=False):
 
 def markdown(header, lines):
     return "\n".join(f"| {' | '.join(cells)} |"
-                     for cells in (header, ["---"] * len(header), *lines))
+                     for cells in (header, ["-"] * len(header), *lines))
 
 
 def table(groups, rows, measures=tuple(LABELS), last=False):
     """A line a model, after all numbers of steps or the last; a column a measure, and one of its
     differences to the first model of the group."""
-    measures = [m for m in measures if m != "gflops" and any(m in row for row in rows)]
-    lines = []
+    measures, lines = [m for m in measures if any(m in row for row in rows)], []
     for group, models in groups.items():
         first = next(iter(models))
         for steps in models[first].steps[-1 if last else 0:]:
@@ -88,7 +87,7 @@ def table(groups, rows, measures=tuple(LABELS), last=False):
                 found = [row for row in find(rows, model=name, **place) if row["seed"] in SEEDS]
                 if not found:
                     continue
-                lines.append([group, name, str(steps), f"{found[0].get('gflops', 0):.3g}"])
+                lines.append([group, name, str(steps), f"{found[0].get('gflops', 0):.3f}"])
                 for m in measures:
                     pairs = differences(rows, m, name, first, **place) if name != first else []
                     lines[-1] += [format_mean([row[m] for row in found if row.get(m) is not None]),
@@ -112,7 +111,7 @@ def answer():
         [LABELS[m], *(format_mean(differences(read_rows(name), m, "U-Net", "no head", group=group,
                                               steps=steps), paired=True)
                       for name, group, steps in ANSWER.values())]
-        for m in ("loss", "detail", "frechet", "recognised", "seam", "gflops")])
+        for m in ("loss", "detail", "frechet", "recognised", "seam")])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -129,16 +128,20 @@ def dots(rows, groups, measures=("loss", "frechet")):
     for measure, line in zip(measures, panels):
         for group, axes in zip(groups, line):
             steps = max(row["steps"] for row in find(rows, group=group))
-            for place, name in enumerate(names):
-                found = by_seed(rows, measure, group=group, model=name, steps=steps).values()
-                axes.plot(list(found), [place] * len(found), "o", alpha=0.7, markersize=5)
-            axes.set(xscale="log", ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
+            found = [list(by_seed(rows, measure, group=group, model=name, steps=steps).values())
+                     for name in names]
+            for place, figures in enumerate(found):
+                axes.plot(figures, [place] * len(figures), "o", alpha=0.7, markersize=5)
+            axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
+            wide = max(sum(found, [])) > 4 * min(sum(found, []))
+            axes.set_xscale("log" if wide else "linear")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.set_title(f"{group}, {steps} steps", size=9)
             axes.set_yticks(range(len(names)), names, size=9)
-            axes.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-            axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
-            axes.tick_params(axis="x", which="both", labelsize=7)
-            axes.grid(alpha=0.3, which="both")
+            axes.tick_params(axis="x", labelsize=8)
+            axes.set_xticks([], minor=True)
+            axes.grid(alpha=0.3)
     return figure
 
 
