@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -617,6 +618,8 @@ def save_atomically(path, write):
             sync(file)                       # its bytes are on the disk before its name is
         os.replace(partial, path)
     except RuntimeError as error:            # how torch.save reports a full disk
+        if "DataLoader" in str(error):       # a loader was killed meanwhile
+            raise
         raise OSError(f"{path} could not be written; is the disk full? ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -741,6 +744,8 @@ ADVICE = {                                   # a pattern in an error: what the u
 
 def explain(error):
     """One line for an error that the user can fix; None for one that nobody expected."""
+    if isinstance(error, (EOFError, ConnectionError)):       # reading from a loader process
+        error = RuntimeError(f"DataLoader worker: {error!r}")
     lines = (str(error).strip() or type(error).__name__).splitlines()
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]     # from a loader process
     line = line.removeprefix(f"{type(error).__name__}: ")[:400]
@@ -759,21 +764,26 @@ def run(main):
         mallopt(-4, 0)                       # it again: a tenth of the small model's time
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # a console may lack a class's letters
+    code = 1
     try:
         code = main() or 0
+    except SystemExit as error:              # --help
+        code = error.code or 0
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        code = 1
+        if hasattr(signal, "SIGCHLD"):       # torch raises here what a killed loader means
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if line := explain(error):
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         else:
             traceback.print_exc()
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)                           # leftover threads of a process group may hang
+    finally:                                 # leftover threads of a process group may hang
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

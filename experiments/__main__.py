@@ -1,122 +1,99 @@
 """
-The paper's claims at laptop scale: what was claimed, what was measured, and the verdict.
+The paper's questions at laptop scale.
 
-    python -m experiments                       # the verdicts on what was run
-    python -m experiments heads [NAME ...]      # run experiments; they resume, and share trainings
-    python -m experiments --photos IMAGES all   # all of them, in the order below
-    python -m experiments --quick               # a smoke run of all, in a minute
-    python -m experiments --readme              # write the tables into experiments/README.md
+    python -m experiments                       # print the tables of all results
+    python -m experiments heads short           # of some, into results/NAME.md too; draw figures
+    python -m experiments heads --run --photos IMAGES        # first train and measure what is missing
+    python -m experiments --page                # write the tables of README.md
+    python -m experiments --quick               # a smoke run of all, which leaves nothing
 """
 
-import importlib
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from common import at_least, parse_options, run_main, save_atomically
-from experiments.lab import Lab, Options
-from experiments.report import claims_table, plot_rows, rows_table, write_json
-
-NAMES = ("heads", "longer", "learning_rate", "crossover", "geometry", "kinds", "placement",
-         "head_size", "patch_size", "patch_or_image", "toy", "features", "prediction", "head_init",
-         "samplers", "gaussian", "overfit")
-HERE = Path(__file__).parent
-README, RESULTS, PICTURES = HERE / "README.md", HERE / "results", HERE.parent / "assets"
+from dip import check_choice
+from experiments import overfit, report
+from experiments.lab import Lab
+from experiments.models import EXPERIMENTS
+from sample import Parser, run, save_atomically
 
 
-def load(name):
-    return importlib.import_module(f"experiments.{name}")
+def parse(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)} [all]")
+    add("--run", action="store_true", help="train and measure what is missing")
+    add("--photos", metavar="DIR", help="folder with train/ and val/ of ten classes of images")
+    add("--results", default=report.HERE / "results", metavar="DIR", help="folder of the results")
+    add("--runs", default="experiments/runs", metavar="DIR", help="folder of the trainings")
+    add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    add("--compile", action="store_true", help="torch.compile, block by block")
+    add("--page", action="store_true", help="write the tables of README.md")
+    add("--quick", action="store_true", help="a smoke run, which leaves nothing")
+    options = parser.parse_args(argv)
+    for name in options.names:
+        check_choice("experiment", name, EXPERIMENTS)
+    return options
 
 
-def run(name, lab, results=RESULTS, pictures=PICTURES):
-    """Run an experiment; add its rows to its JSON, and draw its PNG if all of them can be drawn."""
-    experiment = load(name)
-    path, picture = Path(results, f"{name}.json"), Path(pictures, f"{name}.png")
-    rows = {key(row): row for row in lab.rows(experiment)}
-    if not rows:
-        print(f"{name}: left out, it needs --photos DIR")
-        return
-    old = json.loads(path.read_text()) if path.exists() else {"rows": [], "classifiers": {}}
-    rows = {key(row): row for row in old["rows"]} | rows
-    rates = {(group, kind): model.lr for group, models in experiment.MODELS.items()
-             for kind, model in models.items()}
-    # of models that are still there, trained at the rate that they still have
-    known = [row for place, lr in rates.items() for row in rows.values()
-             if (row["group"], row["model"]) == place and row.get("lr", lr) == lr]
-    known.sort(key=lambda row: row["seed"])
-    judged = any("frechet" in row for row in known)
-    results = dict(classifiers=old["classifiers"] | (lab.calibrate(experiment) if judged else {}),
-                   rows=known)
-    write_json(path, results)
-    print(f"{name}: wrote {path}", flush=True)
-    if {row["group"] for row in known} > {group for group, *_ in lab.runs(experiment)}:
-        # there are rows of photos, but no photos to draw new samples of
-        print(f"{name}: {picture} stays as it is, it needs --photos DIR")
-        return
-    try:
-        figure = getattr(experiment, "draw", plot_rows)(results, lab)
-    except FloatingPointError:
-        print(f"{name}: {picture} stays as it is, a training of seed 0 diverged")
-        return
-    save_atomically(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
-    plt.close(figure)
-    print(f"{name}: wrote {picture}", flush=True)
+def write(path, text):
+    save_atomically(path, lambda partial: partial.write_text(text))
 
 
-def key(row):
-    """What tells one row from another."""
-    return row["group"], row["model"], row["seed"], row["steps"]
+def train_missing(name, lab):
+    """Train and measure what results/NAME.json lacks; write it after every row."""
+    rows = report.read_rows(name, lab.options.results)
+    for row in lab.missing(name, EXPERIMENTS[name], rows):
+        print({key: x for key, x in row.items() if not isinstance(x, list)}, flush=True)
+        rows.append(row)
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        write(Path(lab.options.results, f"{name}.json"), f'{{"rows": [\n{lines}\n]}}\n')
 
 
-def tables():
-    """{name: its claims and its rows as Markdown}, of every experiment that was run."""
-    found = {}
-    for name in NAMES:
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            results = json.loads(path.read_text())
-            found[name] = f"{claims_table(load(name), results)}\n\n{rows_table(results)}".strip()
-    return found
+def show(name, folder, pictures, runs):
+    """Print the tables, write them into results/NAME.md, and draw the figure."""
+    rows, groups = report.read_rows(name, folder), EXPERIMENTS[name]
+    text = f"# {name}\n\n{report.table(groups, rows)}\n{report.rates_table(groups, rows)}"
+    print(text)
+    write(Path(folder, f"{name}.md"), text)
+    figure = (report.FIGURES[name](rows) if name in report.FIGURES else
+              overfit.draw(runs) if name == "overfit" else None)
+    if figure:
+        save_atomically(Path(pictures, f"{name}.png"),
+                        lambda partial: figure.savefig(partial, format="png", dpi=120))
+    plt.close("all")
 
 
-def into_readme(text):
-    """README.md's text with the tables between their marks."""
-    for name, table in tables().items():
-        text, found = re.subn(rf"(?s)<!-- {name} -->\n.*?<!-- end -->",
-                              lambda _: f"<!-- {name} -->\n\n{table}\n\n<!-- end -->", text)
-        if found != 1:
-            raise ValueError(f"{README} needs one pair of <!-- {name} --> and <!-- end -->")
-    return text
+def fill(page):
+    """The page with its tables, each between <!-- NAME --> and <!-- end -->."""
+    def written(match):
+        name = match[1]
+        found = report.answer() if name == "answer" else report.table(
+            EXPERIMENTS[name], report.read_rows(name), ("loss", "frechet"), last=True)
+        return f"<!-- {name} -->\n\n{found}\n\n<!-- end -->"
+
+    return re.sub(r"(?s)<!-- (\w+) -->\n.*?<!-- end -->", written, page)
 
 
 def main():
-    names = [word for word in sys.argv[1:] if word in ("all", *NAMES)]
-    options = parse_options(Options, __doc__, [w for w in sys.argv[1:] if w not in names])
-    at_least(1, seeds=options.seeds)
-    at_least(20, num=options.num)
+    options, page = parse(), report.HERE / "README.md"
     plt.switch_backend("Agg")
-    if "all" in names:
-        names = NAMES
-    elif options.quick and not names:                        # learning_rate has heads' models
-        names = [name for name in NAMES if name != "learning_rate"]
+    pictures = report.HERE.parent / "assets"
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
-            options.seeds, options.num, options.runs = 1, 20, scratch
-        lab = Lab(options) if names else None
-        for name in names:
-            run(name, lab, *[scratch, scratch] if options.quick else [])
-    if options.readme:
-        text = into_readme(README.read_text())
-        save_atomically(README, lambda path: path.write_text(text))
-        print(f"wrote {README}")
-    elif not names:
-        for name, table in tables().items():
-            print(f"{name}\n{table}\n")
+            options.run, options.runs, options.results, pictures = True, scratch, scratch, scratch
+        lab = Lab(options) if options.run else None
+        for name in options.names or EXPERIMENTS:
+            if lab:
+                train_missing(name, lab)
+            show(name, options.results, pictures, options.runs)
+    if options.page:
+        write(page, fill(page.read_text()))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(main)

@@ -1,80 +1,210 @@
 """
-What is compared: models, and how they are trained.
+The models of every experiment.
 
-An experiment is a module with MODELS, {group: {name: Model}}, and CLAIMS.  It may have MARKS (the
-steps after which its models are measured), SEEDS, SAMPLED = False (losses only), a measure() of its
-own in the place of those of lab.py, and a draw() in the place of report.plot_rows.
-
-Here a token narrower than the 192 dimensions of its patch cannot even carry the noise through; a
-wide one can, as the paper's (1152 > 768).  The head has the paper's proportion: as in DiP-XL/16
-(512 of 768) its bottleneck has 2/3 of a patch's dimensions, 128 of 192.
+A token of 96 dimensions is narrower than its patch, which has 192 values.  One of 256 is wider, as
+in the paper (1152 for 768).  The U-Net head has the paper's proportion: its bottleneck has 2/3 as
+many channels as the patch has values, 128 for 192, as in DiP-XL/16 (512 for 768).
 """
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from dip import DiP, DiPConfig
+from dip import DiP, DiPConfig, FinalLayer, PatchDetailerHead, patchify, unpatchify
+from experiments import features, gaussian, overfit, samplers, toy
 
 WIDE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
                  head="none")
 NARROW = WIDE.replace(hidden_size=96)
-UNET = dict(head="unet", head_width=32, head_depth=3)
-TRAINING = dict(batch_size=16, micro_batch=16, warmup=50, cooldown=0.0, time_mean=0.0, workers=0,
-                keep=1, log_every=100)
-STEPS = 500                                  # of a training, where an experiment has no MARKS
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that a training depends on, except its seed and its length."""
+    """All that a row of results depends on, except its seed."""
 
     config: DiPConfig
-    lr: float = 3e-3
-    data: object = "shapes"                  # or "photos", or an object with what ShapesData has
-    build: type = DiP                        # the class of the network
-    token_loss: bool = False                 # tokens aligned with a classifier's features
-    training: dict = field(default_factory=dict)             # changes to TRAINING
-
-    @property
-    def data_name(self):
-        return self.data if isinstance(self.data, str) else type(self.data).__name__
-
-    def digest(self):
-        """Ten hexadecimal digits that stand for all of it."""
-        settings = [dataclasses.asdict(self.config), self.lr, self.data_name, self.build.__name__,
-                    self.token_loss, TRAINING | self.training]
-        return hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
+    lr: float | None = 3e-3                  # None: the best of the experiment's RATES
+    data: object = "shapes"                  # or "photos", or an object with what Shapes has
+    build: object = DiP                      # makes the network from the configuration
+    training: dict = field(default_factory=dict)             # changes to lab.TRAINING
+    steps: tuple = (500,)                    # after which it is measured
+    measure: object = None                   # measure(lab, name, model, net), else Lab.measure
 
 
-def tuned(config, **settings):
-    """The Model at the rate that was best for its kind of head in heads.py and kinds.py, on a seed
-    not judged (learning_rate.py)."""
-    return Model(config, 6e-3 if config.head in ("none", "coordinate") else 3e-3, **settings)
+# -------------------------------------------------------------------------------------------------
+# Networks that dip.py does not have
 
 
-def marks_of(experiment):
-    """The numbers of steps after which its models are measured."""
-    return getattr(experiment, "MARKS", (STEPS,))
+def changed(change):
+    """How to build a DiP and then change it."""
+    def build(config):
+        net = DiP(config)
+        change(net)
+        return net
+
+    return build
 
 
-def in_regimes(models):
-    """{group: {name: Model}} of models(configuration without head), for narrow and wide tokens."""
-    return {"narrow, shapes": models(NARROW), "wide, shapes": models(WIDE)}
+def ending_in(layer, **settings):
+    """How to build a DiP with another last layer."""
+    return changed(lambda net: setattr(net, "output", layer(net.config, **settings)))
 
 
-class OneClass:
-    """What a data set of one class has beside its images."""
+def zero(*layers):
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
-    classes = names = ["-"]
-    flip = False
-    bad = torch.zeros(0, dtype=torch.bool)
 
-    def __init__(self, length):
-        self.length = length
+class ScalarPath(DiP):
+    """v = gain(t) x_t + DiT's last layer: EDM's c_skip (arXiv 2206.00364), which has no weights."""
 
-    def __len__(self):
-        return self.length
+    def forward(self, x_t, t, y):
+        s = t[:, None, None, None]
+        gain = (s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2)   # best for a variance of 0.25
+        return gain * x_t + super().forward(x_t, t, y)
+
+
+class LinearPath(nn.Module):
+    """DiT's last layer + B diag(g(c)) C patch, g linear in the condition c; at first, v = x_t.
+
+    as_head: the form that fits HEADS, W s + B diag(g(s)) C patch with s = SiLU(token + time).
+    """
+
+    def __init__(self, config, as_head=False):
+        super().__init__()
+        D, self.P, self.as_head = config.hidden_size, config.patch_size, as_head
+        size = 3 * self.P**2
+        self.plain = nn.Linear(D, size) if as_head else FinalLayer(config)
+        self.down, self.up = (nn.Linear(size, size, bias=False) for _ in range(2))
+        self.gain = nn.Linear(D, size)
+        zero(self.gain, self.plain if as_head else self.plain.linear)
+        nn.init.ones_(self.gain.bias)
+        nn.init.eye_(self.down.weight)
+        nn.init.eye_(self.up.weight)
+
+    def forward(self, x_t, s, time, c):
+        patches = patchify(x_t, self.P).flatten(2)                       # (B, N, 3PP)
+        if self.as_head:
+            c = F.silu(s + time[:, None])                                # (B, N, D)
+            pixels = self.plain(c)
+        else:
+            pixels = patchify(self.plain(x_t, s, time, c), self.P).flatten(2)
+            c = c[:, None]                                               # (B, 1, D)
+        pixels = pixels + self.up(self.gain(c) * self.down(patches))     # (B, N, 3PP)
+        return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
+
+
+class Both(nn.Module):
+    """DiT's own last layer and a head, added; both give 0 at first."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.plain, self.detailer = FinalLayer(config), PatchDetailerHead(config)
+        zero(self.plain.linear, self.detailer.head.out)
+
+    def forward(self, *inputs):
+        return self.plain(*inputs) + self.detailer(*inputs)
+
+
+def default_weights(net):
+    for module in net.output.head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def random_upsampling(net):
+    for layer in net.output.head.up:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+
+BUILD = {
+    "scalar path": ScalarPath, "linear path": ending_in(LinearPath),
+    "linear path, head": ending_in(LinearPath, as_head=True), "U-Net + last layer": ending_in(Both),
+    "U-Net, average pooling": changed(lambda net: setattr(net.output.head, "pool",
+                                                          nn.AvgPool2d(2))),
+    "U-Net, last layer from 0": changed(lambda net: zero(net.output.head.out)),
+    "U-Net, random upsampling": changed(random_upsampling),
+    "U-Net, PyTorch's default": changed(default_weights)}
+
+
+# -------------------------------------------------------------------------------------------------
+# Who is compared with whom
+
+
+def changes_of(name, P):
+    """The changes to a configuration without a head that a model's name stands for."""
+    C, n = {4: (16, 2), 8: (32, 3), 16: (64, 4)}[P]          # channels and stages of the U-Net
+    unet = dict(head="unet", head_width=C, head_depth=n)
+    known = {
+        "deeper": dict(depth=8), "272 wide": dict(hidden_size=272),      # the U-Net's FLOPs
+        "368 wide": dict(hidden_size=368), "no head, predicts x": dict(prediction="x"),
+        "MLP": dict(head="mlp", head_width=320, head_depth=2),
+        "coordinate": dict(head="coordinate", head_width=32, head_depth=4),
+        "attention": dict(head="attention", head_width=48, head_depth=2),
+        "U-Net between blocks": dict(unet, placement="intermediate"),
+        "U-Net in both places": dict(unet, placement="hybrid"),
+        "U-Net on the image": dict(unet, head_input="image"),
+        "U-Net, predicts x": dict(unet, prediction="x"),
+        **{f"{n} stage{'s' * (n > 1)}": dict(head="unet", head_width=32, head_depth=n)
+           for n in (1, 2, 3, 4)},
+        **{f"{C} channels": dict(unet, head_width=C) for C in (8, 16, 32, 64)}}
+    return known.get(name, unet if name.startswith(("U-Net", "DiP")) else {})
+
+
+def models(base, rates, data="shapes", steps=(500,), measure=None, **training):
+    """{name: Model} of {name: learning rate}."""
+    return {name: Model(base.replace(**changes_of(name, base.patch_size)), lr, data,
+                        BUILD.get(name, DiP), training, steps, measure)
+            for name, lr in rates.items()}
+
+
+REGIMES = {"narrow": NARROW, "wide": WIDE}
+PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
+OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
+PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head"))
+FOUR = {"no head": 6e-3, "U-Net": 3e-3, "U-Net + last layer": 6e-3, "deeper": 6e-3}
+ON_PHOTOS = {"no head": 3e-3, "U-Net": 3e-3, "U-Net + last layer": 6e-3, "deeper": 3e-3}
+PLACES = {"no head": 6e-3, **dict.fromkeys((
+    "U-Net", "U-Net between blocks", "U-Net in both places"), 3e-3)}
+SHORT = PLACES | {"no head, predicts x": 6e-3, "coordinate": 6e-3} | dict.fromkeys((
+    "MLP", "attention", "U-Net on the image", "U-Net, predicts x", "U-Net, average pooling",
+    "U-Net, last layer from 0", "U-Net, random upsampling", "U-Net, PyTorch's default"), 3e-3)
+BOTH = {"no head": 6e-3, "U-Net": 3e-3}
+
+EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
+    "paths": {f"{base.hidden_size} wide, {data}": models(base, PATHS, data, (2000,), cooldown=0.3)
+              for data in ("shapes", "photos") for base in (NARROW, WIDE)},
+    "crossover": {f"{D} of 48": models(PATCHES[4].replace(hidden_size=D, num_heads=num_heads),
+                                       {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))
+                  for D, num_heads in ((16, 1), (36, 3), (48, 3), (72, 3), (144, 6))},
+    "heads": {
+        "wide, shapes": models(WIDE, {**FOUR, "coordinate": 6e-3}, steps=(500, 2000)),
+        "wide, photos": models(WIDE, {**ON_PHOTOS, "coordinate": 6e-3}, "photos", (500, 2000)),
+        "wide, shapes, longer": models(WIDE, FOUR, steps=(500, 1000, 2000, 4000, 8000)),
+        "photos of 64": models(OF_64, BOTH, "photos", (2000, 10_000), batch_size=8, micro_batch=8)},
+    "short": {
+        "narrow, shapes": models(NARROW, {**SHORT, "272 wide": 3e-3}),
+        "wide, shapes": models(WIDE, {**SHORT, "368 wide": 3e-3}),
+        "stages, patches of 16": models(PATCHES[16], {
+            f"{n} stage{'s' * (n > 1)}": 3e-3 for n in (1, 2, 3, 4)}),
+        "channels, patches of 8": models(WIDE, {f"{C} channels": 3e-3 for C in (8, 16, 32, 64)}),
+        **{f"patches of {P}": models(base, BOTH) for P, base in PATCHES.items()}},
+    "overfit": {f"{name}, one photo": models(
+        base.replace(image_size=overfit.SIZE, num_classes=1), dict.fromkeys(BOTH, 3e-3),
+        overfit.OnePhoto(1), (500, 1000), overfit.measure, **overfit.TRAINING)
+        for name, base in REGIMES.items()},
+    "features": {f"{name}, shapes": models(base, PLACES, measure=features.measure)
+                 for name, base in REGIMES.items()},
+    "toy": {"toy": {name: Model(WIDE.replace(num_classes=1), 3e-3, toy.TreeData(100_000),
+                                partial(toy.ToyNet, view=view), toy.TRAINING, (2500,), toy.measure)
+                    for name, view in toy.VIEWS.items()}},
+    "samplers": {"narrow, shapes": {
+        name: Model(NARROW.replace(**changes_of("U-Net", 8)), measure=samplers.measure)
+        for name in samplers.METHODS}},
+    "gaussian": {f"tokens of {D}": models(
+        gaussian.BASE.replace(hidden_size=D), {"DiT-only": 1e-3, "DiP": 1e-3},
+        gaussian.GaussianData(200_000), (1500,), gaussian.measure, **gaussian.TRAINING)
+        for D in (32, 96)}}

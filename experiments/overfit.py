@@ -1,22 +1,21 @@
 """
-Fig. 3: can a DiT on large patches learn a single detailed image by heart?  Can a DiP?
+Fig. 3: does a DiT-only learn a single image?
 
-Models are trained on nothing but one photo of 96 x 96 (144 patches of 8 x 8; it comes with
-matplotlib), and draw it from noise.  PSNR: of four such drawings against the photo.  Error of
-detail: power of the difference over power of the photo, both in the upper half of the frequencies;
-an image without any detail has 1, one with detail that is wrong has more.
+The photo is Grace Hopper's (public domain, in matplotlib).  PSNR: of four samples against it.
 """
+
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cbook import get_sample_data
 
-from experiments.models import NARROW, UNET, WIDE, Model, OneClass
-from experiments.report import Claim
+from experiments.lab import OneClass
 from fid import read_image
 
 SIZE = 96
 PHOTO = read_image(get_sample_data("grace_hopper.jpg", asfileobj=False), SIZE)
+TRAINING = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
 
 
 class OnePhoto(OneClass):
@@ -26,54 +25,28 @@ class OnePhoto(OneClass):
         return PHOTO, 0
 
 
-def models(base):
-    base = base.replace(image_size=SIZE, num_classes=1)
-    training = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
-    return {name: Model(config, data=OnePhoto(1), training=training)
-            for name, config in (("DiT-only", base), ("DiP", base.replace(**UNET)))}
-
-
-MODELS = {"narrow, one photo": models(NARROW), "wide, one photo": models(WIDE)}
-MARKS = 500, 1000
-CLAIMS = [Claim("a DiP learns more of a single image than a DiT-only", "DiP", "DiT-only",
-                ("psnr", "error"), "Fig. 3", "a picture")]
-
-
 def psnr(images, truth):
     """Peak signal to noise ratio, dB, mean over the images (n, H, W, 3)."""
     errors = ((images.astype(float) - truth) ** 2).mean(axis=(1, 2, 3))
     return float((10 * np.log10(255**2 / errors)).mean())
 
 
-def error_of_detail(images, truth):
-    """Power of the error over that of the truth, in all frequencies above H/4 cycles an image."""
-    H, W = truth.shape[:2]
-    detail = np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W)) > 1 / 4     # cycles a pixel
-
-    def power(x):
-        return (np.abs(np.fft.fft2(x, axes=(-3, -2))) ** 2)[..., detail, :].sum(axis=(-2, -1))
-
-    return float(power(images.astype(float) - truth).mean() / power(truth.astype(float)))
-
-
 def measure(lab, name, model, net):
+    """The PSNR; the first sample is kept for draw()."""
     images = lab.sample(net, 4)
-    return dict(psnr=psnr(images, PHOTO), error=error_of_detail(images, PHOTO))
+    width = "wide" if model.config.hidden_size > 3 * model.config.patch_size**2 else "narrow"
+    plt.imsave(Path(lab.options.runs, f"{name}, {width}.png"), images[0])
+    return dict(psnr=psnr(images, PHOTO))
 
 
-def draw(results, lab):
-    """The photo and what was learned of it, with crops."""
-    images = {"the photo": PHOTO}
-    for group, models in MODELS.items():
-        for name, model in models.items():
-            net, _ = lab.train(model, 0, MARKS[-1])
-            images[f"{name}, {group.split(',')[0]}"] = lab.sample(net, 1)[0]
-    figure, panels = plt.subplots(2, 5, figsize=(10, 4.3), layout="constrained")
-    crop = slice(4, 36), slice(32, 64)
-    for column, (name, image) in zip(panels.T, images.items()):
-        column[0].imshow(image, interpolation="nearest")
-        column[1].imshow(image[crop], interpolation="nearest")
-        column[0].set_title(name, size=10)
-        for axes in column:
-            axes.set_axis_off()
-    return figure
+def draw(runs):
+    """The photo and the samples that measure() kept, with crops; None without any."""
+    samples = {path.stem: plt.imread(path) for path in sorted(Path(runs).glob("*, *.png"))}
+    if samples:
+        figure, panels = plt.subplots(2, 5, figsize=(10, 4.3), layout="constrained")
+        for line, crop in zip(panels, (slice(None), (slice(4, 36), slice(32, 64)))):
+            for axes, (name, image) in zip(line, ({"the photo": PHOTO} | samples).items()):
+                axes.imshow(image[crop], interpolation="nearest")
+                axes.set_title(name, size=10)
+                axes.set_axis_off()
+        return figure

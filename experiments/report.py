@@ -1,261 +1,178 @@
 """
-From measured rows to verdicts, tables and plots.
+From measured rows to tables and figures.
 
-The rule for a verdict was written down before the runs.  A claim says that model a is better than
-model b, and is judged by each of its measures: unless it names others, the Frechet distance (it is
-about samples), the loss, and the loss at t < 0.3 (`detail`).  By a measure it is
-
-    seen      if every seed of a is better than every seed of b (of three and three, by chance in
-              one case of twenty), and their means differ by the margin or more
-    opposite  if it is so the other way round
-    level     if the means differ by less than the margin
-    unclear   otherwise; always with fewer than three seeds, or if a run of a or b collapsed
-
-Margins, of b's mean: 2 % for losses, 5 % for other measures; 0.5 dB for PSNR, 0.02 for fractions
-and silhouettes.  A run has collapsed if its loss is not finite or more than 1.5 times the median of
-its seeds, or if its samples are named right less than half as often as the median; it is named
-beside the figures and left out of the means.  The column "paper" says what the paper found.
+A row of results/NAME.json is one training after some steps.  Seeds 0, 1 and 2 are judged; seed 9
+only chooses learning rates.  Models are compared in pairs of one seed, which see the same images,
+times and noise: the mean of the differences to the first model of the group ± its standard error.
+Bold: beyond three standard errors.  Of three seeds, chance does that in one comparison of ten.
 """
 
 import json
 import math
-import re
 import statistics
-from dataclasses import dataclass
-from itertools import cycle
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator
 
-from common import save_atomically
-
-SEEN, OPPOSITE, LEVEL, UNCLEAR = "seen", "opposite", "level", "unclear"
-MARGINS = {"loss": 0.02, "detail": 0.02, "excess": 0.02}     # relative; others 0.05
-ABSOLUTE = {"psnr": 0.5, "probe": 0.02, "silhouette": 0.02, "named": 0.02}
-MORE_IS_BETTER = "psnr", "probe", "silhouette", "named"
+HERE, SEEDS, RATE_SEED = Path(__file__).parent, (0, 1, 2), 9
 LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet distance",
-          "high": "error of high frequencies, dB", "psnr": "PSNR, dB", "probe": "accuracy",
-          "to_tree": "to the manifold", "from_tree": "from it", "error": "error of detail"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#999933")
+          "recognised": "recognised", "seam": "seam", "psnr": "PSNR, dB", "probe": "accuracy",
+          "to_tree": "distance to the tree", "from_tree": "distance from the tree",
+          **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
+ANSWER = {               # what the first table of the page compares
+    "narrow, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
+    "wide, shapes, 2000": ("heads", "wide, shapes", 2000),
+    "wide, shapes, 8000": ("heads", "wide, shapes, longer", 8000),
+    "wide, photos, 2000": ("heads", "wide, photos", 2000),
+    "paper's geometry, photos, 10,000": ("heads", "photos of 64", 10_000)}
 
 
-@dataclass(frozen=True)
-class Claim:
-    """That model a is better than model b, in every group that has both."""
-
-    text: str
-    a: str
-    b: str
-    measures: tuple = ("frechet", "loss", "detail")
-    source: str = "-"                        # in the paper
-    paper: str = "-"                         # the figures there
-
-
-# -------------------------------------------------------------------------------------------------
-# Verdicts
+def read_rows(name, folder=HERE / "results"):
+    path = Path(folder, f"{name}.json")
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def find(rows, **where):
-    """The rows that agree with `where`, in the order of the seeds."""
-    return sorted((row for row in rows if all(row.get(key) == x for key, x in where.items())),
-                  key=lambda row: row["seed"])
-
-
-def split_collapsed(rows):
-    """(rows, seeds that collapsed)"""
-    if not rows:
-        return [], []
-    losses = [row.get("loss", 0) for row in rows]            # None if the training diverged
-    losses = [math.inf if x is None or math.isnan(x) else x for x in losses]
-    named = [row["named"] for row in rows if "named" in row]
-    highest, fewest = 1.5 * statistics.median(losses), statistics.median(named or [0]) / 2
-    good = [row for row, loss in zip(rows, losses)
-            if loss < math.inf and loss <= highest and row.get("named", fewest) >= fewest]
-    return good, [row["seed"] for row in rows if row not in good]
+    return [row for row in rows if all(row.get(key) == x for key, x in where.items())]
 
 
 def by_seed(rows, measure, **where):
-    """{seed: figure} of the rows that agree with `where`, have it, and have not collapsed."""
-    good, _ = split_collapsed(find(rows, **where))
-    return {row["seed"]: row[measure] for row in good if measure in row}
+    """{seed: figure} of the judged rows that agree with `where` and have it."""
+    return {row["seed"]: row[measure] for row in find(rows, **where)
+            if row["seed"] in SEEDS and row.get(measure) is not None}
 
 
-def told(numbers):
-    """Mean and standard deviation over the seeds, to three digits, or more if the spread has none
-    of them."""
-    if not numbers:
-        return "-"
+def differences(rows, measure, model, reference, **where):
+    """model - reference, one a seed that both have."""
+    a, b = (by_seed(rows, measure, model=name, **where) for name in (model, reference))
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def rates_of(rows, group, model):
+    """{learning rate: loss} on seed 9; infinite where the training diverged."""
+    return {row["lr"]: math.inf if row["loss"] is None else row["loss"]
+            for row in find(rows, group=group, model=model, seed=RATE_SEED)}
+
+
+def format_mean(numbers, paired=False):
+    """Mean ± standard deviation; or, of paired differences, ± standard error, bold beyond three."""
+    if len(numbers) < 1 + paired:
+        return "" if paired else "-"
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0
-    digits = max(0, *(places - math.floor(math.log10(abs(x)))
-                      for x, places in ((mean, 2), (spread, 0)) if x))
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if numbers[1:] else "")
+    spread /= math.sqrt(len(numbers)) if paired else 1
+    digits = ((spread, 1),) if paired else ((mean, 2), (spread, 0))      # after the first digit
+    n = max(0, *(d - math.floor(math.log10(abs(x))) for x, d in digits if x), 0)
+    text = f"{mean:{'+' * paired}.{n}f}" + f" ± {spread:.{n}f}" * bool(numbers[1:])
+    text += "" if numbers[2:] else f" ({len(numbers)} of 3)"
+    bold = "**" if paired and numbers[2:] and abs(mean) > 3 * spread else ""
+    return f"{bold}{text}{bold}".replace("-", "−")
 
 
-def compare(a, b, measure):
-    """The verdict on "a is better than b", of figures one a seed."""
-    if min(len(a), len(b)) < 3:
-        return UNCLEAR
-    if measure in MORE_IS_BETTER:
-        a, b = [-x for x in a], [-x for x in b]
-    gain, kind = statistics.mean(b) - statistics.mean(a), measure.split()[0]
-    margin = ABSOLUTE.get(kind) or MARGINS.get(kind, 0.05) * abs(statistics.mean(b))
-    if abs(gain) < margin:
-        return LEVEL
-    if max(a) < min(b):
-        return SEEN
-    return OPPOSITE if min(a) > max(b) else UNCLEAR
+def markdown(header, lines):
+    return "\n".join(f"| {' | '.join(cells)} |"
+                     for cells in (header, ["-"] * len(header), *lines))
 
 
-def judge(claim, rows):
-    """(group, steps, {measure: (figures, verdict)}) of a claim, wherever both models are."""
-    names = claim.a, claim.b
-    for group, steps in dict.fromkeys((row["group"], row["steps"]) for row in rows):
-        here = find(rows, group=group, steps=steps)
-        collapsed = [split_collapsed(find(here, model=name))[1] for name in names]
-        notes = "".join(f"; {name} collapsed: seed {', '.join(map(str, seeds))}"
-                        for name, seeds in zip(names, collapsed) if seeds)
-        found = {}
-        for measure in claim.measures:
-            a, b = (by_seed(here, measure, model=name) for name in names)
-            if not (a or collapsed[0]) or not (b or collapsed[1]):
-                continue                                     # not measured
-            sign, both = -1 if measure in MORE_IS_BETTER else 1, a.keys() & b.keys()
-            wins = sum(sign * a[seed] < sign * b[seed] for seed in both)
-            a, b = list(a.values()), list(b.values())
-            verdict = UNCLEAR if notes else compare(a, b, measure)
-            found[measure] = f"{told(a)} against {told(b)} ({wins}/{len(both)}){notes}", verdict
-        if found:
-            yield group, steps, found
+def table(groups, rows, measures=tuple(LABELS), last=False):
+    """A line a model, after all numbers of steps or the last; a column a measure, and one of its
+    differences to the first model of the group."""
+    measures, lines = [m for m in measures if any(m in row for row in rows)], []
+    for group, models in groups.items():
+        first = next(iter(models))
+        for steps in models[first].steps[-1 if last else 0:]:
+            for name in models:
+                place = dict(group=group, steps=steps)
+                found = [row for row in find(rows, model=name, **place) if row["seed"] in SEEDS]
+                if not found:
+                    continue
+                lines.append([group, name, str(steps), f"{found[0].get('gflops', 0):.3f}"])
+                for m in measures:
+                    pairs = differences(rows, m, name, first, **place) if name != first else []
+                    lines[-1] += [format_mean([row[m] for row in found if row.get(m) is not None]),
+                                  format_mean(pairs, paired=True)]
+    columns = [label for m in measures for label in (LABELS[m], "to the first")]
+    return markdown(["group", "model", "steps", "GFLOPs", *columns], lines)
 
 
-def claims_table(experiment, results):
-    """Markdown: a line a claim, group and number of steps, a column a measure."""
-    measures = list(dict.fromkeys(m for claim in experiment.CLAIMS for m in claim.measures))
-    names = " | ".join(LABELS.get(m, m) for m in measures)
-    lines = [f"| claim | models | source | paper | {names} |", "|" + "---|" * (4 + len(measures))]
-    for claim in experiment.CLAIMS:
-        for group, steps, found in judge(claim, results["rows"]):
-            cells = [claim.text, f"{group}, {steps} steps", claim.source, claim.paper]
-            for measure in measures:
-                figures, verdict = found.get(measure, ("", ""))
-                bold = "**" if verdict in (SEEN, OPPOSITE) else ""
-                cells.append(f"{bold}{verdict}{bold}: {figures}" if figures else "-")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if experiment.CLAIMS else ""
+def rates_table(groups, rows):
+    """Loss on seed 9 at each learning rate."""
+    rates = sorted({row["lr"] for row in find(rows, seed=RATE_SEED)})
+    tried = [(group, name, rates_of(rows, group, name)) for group in groups for name in groups[group]]
+    return "" if not rates else "\nLoss on seed 9 at each learning rate:\n\n" + markdown(["group", "model", *map("{:g}".format, rates)], [
+        [group, name, *(f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates)]
+        for group, name, losses in tried if losses]) + "\n"
 
 
-def rows_table(results):
-    """Markdown: every model and what was measured, mean ± standard deviation."""
-    rows, settings = results["rows"], ("lr", "gflops")
-    measures = list(dict.fromkeys(key for row in rows for key, x in row.items()
-                                  if isinstance(x, float) and key not in settings))
-    names = " | ".join(LABELS.get(m, m) for m in measures)
-    lines = [f"| models | | steps | lr | GFLOPs | {names} |", "|" + "---|" * (5 + len(measures))]
-    for group, name, steps in dict.fromkeys((r["group"], r["model"], r["steps"]) for r in rows):
-        found, collapsed = split_collapsed(find(rows, group=group, model=name, steps=steps))
-        first = find(rows, group=group, model=name, steps=steps)[0]
-        figures = [told([row[m] for row in found if m in row]) for m in measures]
-        name += f" ({len(collapsed)} collapsed)" if collapsed else ""
-        lines.append(f"| {group} | {name} | {steps} | {first.get('lr', '-')} | "
-                     f"{first.get('gflops', '-')} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+def answer():
+    """U-Net minus no head: a line a measure, in its own units."""
+    return markdown(["U-Net minus no head", *ANSWER], [
+        [LABELS[m], *(format_mean(differences(read_rows(name), m, "U-Net", "no head", group=group,
+                                              steps=steps), paired=True)
+                      for name, group, steps in ANSWER.values())]
+        for m in ("loss", "detail", "frechet", "recognised", "seam")])
 
 
 # -------------------------------------------------------------------------------------------------
-# Plots
+# Figures
 
 
-def colours_of(rows):
-    """{model: its colour}, the same in all panels of a figure."""
-    return dict(zip(dict.fromkeys(row["model"] for row in rows), cycle(COLOURS)))
-
-
-def plot_dots(axes, rows, measure, colours):
-    """A line a model, a dot a seed."""
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    for place, name in enumerate(names):
-        found = [row[measure] for row in find(rows, model=name) if row.get(measure) is not None]
-        axes.plot(found, [place] * len(found), "o", alpha=0.7, markersize=5, color=colours[name])
-    axes.grid(alpha=0.3)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
-    axes.set_yticks(range(len(names)), names)
-
-
-def plot_curves(axes, curves, colours, xlabel):
-    """A line a curve, through means, and a dot a seed: {name: {x: figures, one a seed}}, x > 0."""
-    for name, points in curves.items():
-        points = {x: figures for x, figures in points.items() if figures}
-        axes.plot(list(points), list(map(statistics.mean, points.values())), label=name,
-                  color=colours[name])
-        for x, figures in points.items():
-            axes.plot([x] * len(figures), figures, "o", color=colours[name], alpha=0.5,
-                      markersize=4)
-    ticks = sorted({x for points in curves.values() for x in points})
-    axes.set(xlabel=xlabel, xscale="log")
-    axes.set_xticks(ticks, [f"{x:.2g}" if x < 10 else x for x in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-
-
-def plot_band(axes, x, curves, colour, **settings):
-    """The mean of curves, one a seed, and a band from the lowest to the highest."""
-    axes.plot(x, np.mean(curves, axis=0), color=colour, **settings)
-    axes.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2)
-
-
-def plot_rows(results, lab):
-    """What an experiment without a picture of its own draws: a row of panels a group, a panel a
-    measure, after the last step."""
-    last = max(row["steps"] for row in results["rows"])
-    rows = find(results["rows"], steps=last)
-    measures = [m for m in ("loss", "detail", "frechet") if any(m in row for row in rows)]
+def dots(rows, groups, measures=("loss", "frechet")):
+    """A panel for each measure and group: a line a model, a dot a seed, after the last step."""
+    rows = [row for row in rows if row["seed"] in SEEDS and row["group"] in groups]
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    heights = [0.27 * len({row["model"] for row in find(rows, group=group)}) + 0.6
-               for group in groups]
-    figure, panels = plt.subplots(len(groups), len(measures), figsize=(9, sum(heights) + 0.5),
-                                  squeeze=False, sharey="row", layout="constrained",
-                                  height_ratios=heights)
-    for line, group in zip(panels, groups):
-        for axes, measure in zip(line, measures):
-            plot_dots(axes, find(rows, group=group), measure, colours_of(rows))
-            axes.set_xlabel(LABELS[measure] if group == groups[-1] else "")
-        line[0].set_title(f"{group}, {last} steps", loc="left", size=10)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(len(measures), len(groups), sharey=True, layout="constrained",
+                                  squeeze=False, figsize=(11, 0.45 * len(names) + 1.8))
+    for measure, line in zip(measures, panels):
+        for group, axes in zip(groups, line):
+            steps = max(row["steps"] for row in find(rows, group=group))
+            found = [list(by_seed(rows, measure, group=group, model=name, steps=steps).values())
+                     for name in names]
+            for place, figures in enumerate(found):
+                axes.plot(figures, [place] * len(figures), "o", alpha=0.7, markersize=5)
+            axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
+            wide = max(sum(found, [])) > 4 * min(sum(found, []))
+            axes.set_xscale("log" if wide else "linear")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_title(f"{group}, {steps} steps", size=9)
+            axes.set_yticks(range(len(names)), names, size=9)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.set_xticks([], minor=True)
+            axes.grid(alpha=0.3)
     return figure
 
 
-def plot_by_t(axes, results, reference, group, steps):
-    """Loss in tenths of t over that of the reference model: a line a model."""
-    rows = find(results["rows"], group=group, steps=steps)
-    base = by_seed(rows, "loss_by_t", model=reference)
-    for name, colour in colours_of(results["rows"]).items():
-        found = by_seed(rows, "loss_by_t", model=name)
-        ratios = [np.array(found[seed], float) / np.array(base[seed], float)
-                  for seed in found.keys() & base.keys()]
-        if ratios:
-            plot_band(axes, np.arange(10) / 10 + 0.05, ratios, colour, marker="o", markersize=3,
-                      label=name)
-    axes.set(title=f"{group}, {steps} steps", xlabel="t, from data to noise",
-             ylabel=f"loss over that of {reference}")
-    axes.grid(alpha=0.3)
+def crossover(rows):
+    """Losses and distance over the width of tokens, with the least loss that a token allows."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    widths = {row["group"]: int(row["group"].split()[0]) / 48 for row in rows}
+    for axes, measure in zip(panels, ("loss", "detail", "frechet")):
+        for name, colour in (("no head", "C1"), ("U-Net", "C0")):
+            found = [list(by_seed(rows, measure, group=group, model=name).values())
+                     for group in widths]
+            axes.plot(widths.values(), found, "o", color=colour, alpha=0.4, markersize=4)
+            axes.plot(widths.values(), np.mean(found, axis=1), color=colour, label=name)
+        for ratio, name in ((0.375, "DiP-XL/32"), (1.5, "DiP-XL/16")):
+            axes.axvline(ratio, color="grey", linestyle=":")
+            axes.text(ratio, 1.01, name, transform=axes.get_xaxis_transform(), size=8, ha="center")
+        axes.set(xscale="log", yscale="log", xlabel="width of a token / values of its patch")
+        axes.set_title(LABELS[measure], size=10, pad=16)
+        axes.set_xticks(list(widths.values()), [f"{x:.2g}" for x in widths.values()])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=7)
+        axes.grid(alpha=0.3, which="both")
+    ratios = np.linspace(1 / 3, 0.88)
+    panels[0].plot(ratios, 1 - ratios, "k--", label="bound for no head")
+    panels[0].legend(fontsize=8)
+    return figure
 
 
-def plot_samples(axes, lab, models, steps, num=10):
-    """Samples of seed 0 of {name: Model}, a row a model."""
-    rows = []
-    for model in models.values():
-        images = lab.sample(lab.train(model, 0, steps)[0], num)
-        framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-        rows.append(np.concatenate(list(framed), axis=1))
-    axes.imshow(np.concatenate(rows), interpolation="nearest")
-    axes.set_yticks([len(rows[0]) * (k + 0.5) for k in range(len(rows))], models)
-    axes.tick_params(left=False)
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([])
-    axes.set_title(f"samples of seed 0 after {steps} steps", size=10)
-
-
-def write_json(path, content):
-    """Indented, with lists of numbers on one line."""
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]),
-                  json.dumps(content, indent=1))
-    save_atomically(path, lambda partial: partial.write_text(text + "\n"))
+FIGURES = {"paths": lambda rows: dots(rows, {row["group"] for row in rows}),
+           "heads": lambda rows: dots(rows, {row["group"] for row in rows}),
+           "short": lambda rows: dots(rows, ("narrow, shapes", "wide, shapes")),
+           "crossover": crossover}

@@ -1,40 +1,31 @@
 """
-Fig. 12: does a head that sees one patch fit the data manifold better than one that sees the image?
+Fig. 12: does a head that sees one patch fit the data better than one that sees the image?
 
-The paper draws this toy but does not describe it.  Ours: points on a tree in the plane, by flow
-matching.  The plane is cut into square cells.  A backbone knows in which cell the noisy point is,
-and t, and makes a token of it; a head takes the token and the point, and draws the clean point.
-"Patch": the head is given the point within its cell, from -1 to 1.  "Image": its place in the
-plane.  "Image, enlarged": that place in units of half a cell, to tell locality from mere scale.
-The three have equally many weights.
-
-The design was chosen by how well any of the three fits: with larger cells, tokens made of the
-cell's centre and velocities instead of clean points, none of them found the branches.
+The paper draws this toy but does not describe it.  Ours: points on a tree in the plane, which is
+cut into square cells.  A backbone knows the time and the cell of the noisy point, and makes a token
+of them.  A head takes the token and the point, and draws the clean point.  "Patch": it gets the
+point within its cell, from -1 to 1.  "Image": its place in the plane.  "Image, enlarged": that
+place in units of half a cell, to separate locality from mere scale.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 from scipy.spatial import cKDTree
 
-from common import random_stream
 from dip import MIN_TIME, TimeEmbedding
-from experiments.models import WIDE, Model, OneClass
-from experiments.report import COLOURS, Claim, by_seed
-from sample import heun
+from experiments.lab import OneClass
+from sample import heun, random_stream
 
 CELL, GRID, WIDTH, POINTS = 0.25, 32, 64, 4000   # side of a cell, cells a side, units, samples
+TRAINING = dict(batch_size=256, micro_batch=256, label_dropout=0.0, time_mean=-1.0)
 
 
-def tree(start=(0.0, -0.95), angle=np.pi / 2, length=0.62, level=0, levels=5):
+def tree(start=(0.0, -0.95), angle=np.pi / 2, length=0.62, levels=5):
     """Segments (n, 2, 2) of a tree in [-1, 1]^2: every branch forks into two shorter ones."""
     end = start[0] + length * np.cos(angle), start[1] + length * np.sin(angle)
-    segments = [(start, end)]
-    if level + 1 < levels:
-        for turn in (-0.55, 0.55):
-            segments += tree(end, angle + turn, 0.68 * length, level + 1, levels)
-    return segments
+    return [(start, end)] + [segment for turn in (-0.55, 0.55) if levels > 1
+                             for segment in tree(end, angle + turn, 0.68 * length, levels - 1)]
 
 
 def on_the_tree(n, seed):
@@ -56,12 +47,13 @@ class TreeData(OneClass):
         return self.points[index][None, None], 0
 
 
-class PatchInput(nn.Module):
-    """The velocity of a point: a backbone that sees its cell, a head that sees it in its cell."""
+class ToyNet(nn.Module):
+    """The velocity of a point: a backbone that sees its cell, and a head that sees view(x, centre of
+    the cell)."""
 
-    def __init__(self, config):
+    def __init__(self, config, view):
         super().__init__()
-        self.time = TimeEmbedding(WIDTH)
+        self.config, self.view, self.time = config, view, TimeEmbedding(WIDTH)
         self.place = nn.Embedding(GRID**2, WIDTH)
         self.backbone = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.head = nn.Sequential(nn.Linear(2 + WIDTH, WIDTH), nn.SiLU(),
@@ -76,33 +68,9 @@ class PatchInput(nn.Module):
         clean = self.head(torch.cat([self.view(x, (cell + 0.5) * CELL), s], dim=1))
         return ((x - clean) / t.clamp(min=MIN_TIME)[:, None]).view(x_t.shape)
 
-    def view(self, x, centre):
-        return (x - centre) / (CELL / 2)
 
-
-class ImageInput(PatchInput):
-    """The same, but the head sees the point's place in the plane."""
-
-    def view(self, x, centre):
-        return x
-
-
-class EnlargedImageInput(PatchInput):
-    """The same, but in units of half a cell, as PatchInput has it."""
-
-    def view(self, x, centre):
-        return x / (CELL / 2)
-
-
-TRAINING = dict(batch_size=256, micro_batch=256, label_dropout=0.0, time_mean=-1.0)
-MODELS = {"toy": {
-    name: Model(WIDE.replace(num_classes=1), data=TreeData(100_000), build=build, training=TRAINING)
-    for name, build in (("patch", PatchInput), ("image", ImageInput),
-                        ("image, enlarged", EnlargedImageInput))}}
-MARKS = 2500,
-CLAIMS = [Claim(f"a head that sees one patch fits the manifold better than one that sees the {b}",
-                "patch", b, ("to_tree", "from_tree"), "Fig. 12", "a picture")
-          for b in ("image", "image, enlarged")]
+VIEWS = {"patch": lambda x, centre: (x - centre) / (CELL / 2), "image": lambda x, centre: x,
+         "image, enlarged": lambda x, centre: x / (CELL / 2)}
 
 
 @torch.no_grad()
@@ -118,17 +86,3 @@ def measure(lab, name, model, net):
     points, truth = draw_points(net, POINTS), on_the_tree(20 * POINTS, 1)
     return dict(to_tree=float(cKDTree(truth).query(points)[0].mean()),
                 from_tree=float(cKDTree(points).query(truth[:POINTS])[0].mean()))
-
-
-def draw(results, lab):
-    """After Fig. 12: the tree in orange, samples of seed 0 in black."""
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
-    for axes, (name, model) in zip(panels, MODELS["toy"].items()):
-        points = draw_points(lab.train(model, 0, MARKS[0])[0], POINTS)
-        for segment in np.array(tree()):
-            axes.plot(*segment.T, color=COLOURS[4], linewidth=2.5, solid_capstyle="round", zorder=1)
-        axes.plot(*points.T, "k.", markersize=0.8, zorder=2)
-        ours = list(by_seed(results["rows"], "to_tree", model=name).values())
-        axes.set(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.1, 1.1), xticks=[], yticks=[])
-        axes.set_title(f"head sees: {name}\nmean distance to the tree {np.mean(ours):.4f}", size=10)
-    return figure
