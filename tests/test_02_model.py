@@ -183,9 +183,9 @@ REFUSED = [
      "nearest that fit: 16"),
     (dict(head="mlp", head_input="image"), "head_input='image' needs head='unet', not head='mlp'"),
     (dict(head="none", head_width=4), "head='none' takes no head_width=4 or head_depth=0; leave "
-     "them 0, or name a head"),
+     "them 0, or choose a head"),
     (dict(head="none", head_depth=4), "head='none' takes no head_width=0 or head_depth=4; leave "
-     "them 0, or name a head"),
+     "them 0, or choose a head"),
     (dict(head="none", placement="hybrid"), "placement='hybrid' needs a head and depth >= 2; "
      "head='none', depth=26"),
     (dict(placement="intermediate", depth=1), "placement='intermediate' needs a head and depth >= "
