@@ -558,7 +558,8 @@ def ignore_signals(worker):
 # -------------------------------------------------------------------------------------------------
 # Images from a folder
 
-SPLIT = re.compile(r"(train|val|valid|validation|test)(ing)?([-_ ]?(set|data))?\d*", re.IGNORECASE)
+SPLIT = re.compile(                          # seg_train, Validation, test_images, val2017
+    r"(?:\w+[-_ ])?(train|val|test)(?:ing|id|idation)?(?:[-_ ]?(?:set|data|images))?\d*", re.I)
 LAYOUTS = "train/<class>/*.jpg with val/<class>/*.jpg, or <class>/*.jpg, or *.jpg"
 
 
@@ -580,12 +581,14 @@ class ImageFolder:
                          if path.is_dir() and path.name[0] != ".")
         loose = [parts[0] for parts in inside if len(parts) == 1]
         empty = set(folders) - {parts[0] for parts in inside}
-        splits = sorted({part for parts in inside for part in parts[:-1] if SPLIT.fullmatch(part)})
+        names = {part for parts in inside for part in parts[:-1]}
+        splits = {found[1].lower(): found[0] for found in map(SPLIT.fullmatch, sorted(names))
+                  if found}                  # one alone, such as bullet_train, may be a class
         deep = {parts[1] for parts in inside if len(parts) > 2}
         if not self.files:
             problem = "no images"
         elif len(splits) > 1:
-            problem = f"splits where classes should be: {', '.join(splits[:5])}"
+            problem = f"splits where classes should be: {', '.join(splits.values())}"
         elif loose and folders:
             problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
         elif empty:
@@ -600,7 +603,7 @@ class ImageFolder:
         if problem:
             raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
         named = self.root.resolve()          # flat DIR/train and DIR/val are both of class DIR
-        self.classes = folders or [(named.parent if SPLIT.fullmatch(named.name) else named).name]
+        self.classes = folders or [(named.parent if named.name in ("train", "val") else named).name]
         self.labels = [folders.index(parts[0]) if folders else 0 for parts in inside]
         known = imagenet_names()
         self.names = [known.get(name, name) for name in self.classes]
@@ -729,11 +732,10 @@ def main():
             print(f"stopped by a signal after step {done}; run the same command to continue")
         return 128 + max(signals, default=signal.SIGTERM)    # as shells do
     if rank == 0:
-        ckpt = "" if out.parts[:1] == ("runs",) else f" --ckpt {shlex.quote(str(out))}"
         pictures = [str(path) for path in (out / f"samples-{done:08d}.png", out / "loss.png")
                     if path.exists()]
         print(f"done: {out} is at step {done}; look at {' and '.join(pictures) or out}; next:\n"
-              f"    python sample.py{ckpt} --class 0")
+              f"    python sample.py --ckpt {shlex.quote(str(out))} --class 0")
 
 
 # -------------------------------------------------------------------------------------------------
