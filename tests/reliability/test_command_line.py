@@ -93,18 +93,15 @@ def test_a_batch_without_a_divisor_is_trained_and_the_command_says_what_is_slow(
         assert (note in printed) == (size == 37)
 
 
-@pytest.mark.parametrize("out, ckpt", [
-    ("runs/a run", ""), ("./runs/b", ""), (".", " --ckpt ."),
-    ("else where", " --ckpt 'else where'"),
-])
-def test_the_last_line_of_a_run_works_as_it_is_printed(monkeypatch, tmp_path, capsys, out, ckpt):
-    """Also where --out is not under runs/; only pictures that are there are named."""
+@pytest.mark.parametrize("out", ["runs/a run", "./runs/b", "."])
+def test_the_last_line_of_a_run_works_as_it_is_printed(monkeypatch, tmp_path, capsys, out):
+    """Also where --out needs quotes; only pictures that are there are named."""
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, train, f"{TINY} --steps 1 --out '{out}'")
     done, hint = capsys.readouterr().out.splitlines()[-2:]
     folder = out.removeprefix("./")
     assert done == f"done: {folder} is at step 1; look at {folder}; next:"
-    assert hint == f"    python sample.py{ckpt} --class 0"
+    assert hint == f"    python sample.py --ckpt {shlex.quote(folder)} --class 0"
     words = hint.split("sample.py")[1]
     run(monkeypatch, sample, f"{words} --per-class 1 --steps 1 --device cpu")
     assert (tmp_path / "samples-class0-seed0.png").exists()
@@ -321,7 +318,7 @@ def test_a_console_without_the_letters_of_a_class_fails_no_command(monkeypatch, 
         assert command.returncode == 0, err
 
 
-MODULES = "train", "sample", "fid", "experiments.__main__", "experiments.speed", "experiments.recognise"
+MODULES = "train", "sample", "fid", "experiments.__main__", "experiments.speed"
 
 
 @pytest.mark.parametrize("name", MODULES)
