@@ -21,7 +21,7 @@ from PIL import Image
 
 import theory.__main__
 from theory import claims, patches, tokens
-from theory.claims import BASES, CONDITIONAL, ERROR, FALSE, HOLDS, MISPRINT
+from theory.claims import BASES, CONDITIONAL, FALSE, HOLDS, MISPRINT
 from theory.model import (GaussianModel, best_guess, cost_passed_on, cost_unseen, covariance,
                           dct_basis, decay, gain, image_basis, image_decay, random_basis,
                           token_cost, two_pixels)

@@ -343,8 +343,8 @@ def narrow_token(alpha=1.5, k=32):
     dear = all(costs["v"] > SMALL for costs in late)
     cheap = all(max(costs["x"], costs["skip"]) < SMALL * costs["v"] for costs in late)
     return Row("ours", "a narrow token costs much for v, little for x_0 (t 0.3 on) or a linear "
-               "skip", f"{k} dimensions for 48 values, Gaussian images, t = 0.1, 0.3, 0.5, 0.7, 0.9: "
-               f"v {text['v']}; x_0 {text['x']}; linear skip {text['skip']}",
+               "skip", f"{k} dimensions for 48 values, Gaussian images, t = 0.1, 0.3, 0.5, 0.7, "
+               f"0.9: v {text['v']}; x_0 {text['x']}; linear skip {text['skip']}",
                over([dear and cheap]))
 
 
