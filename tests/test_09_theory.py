@@ -21,7 +21,7 @@ from PIL import Image
 
 import theory.__main__
 from theory import claims, patches, tokens
-from theory.claims import BASES, CONDITIONAL, ERROR, FALSE, HOLDS, MISPRINT
+from theory.claims import BASES, CONDITIONAL, FALSE, HOLDS, MISPRINT
 from theory.model import (GaussianModel, best_guess, cost_passed_on, cost_unseen, covariance,
                           dct_basis, decay, gain, image_basis, image_decay, random_basis,
                           token_cost, two_pixels)
@@ -624,11 +624,13 @@ MODELS = [
 ]
 
 TOKENS = [
-    # claim, what is planted, the decay of the images; neither claim may hold then
-    ("narrow_token", "images whose detail varies much: x_0 costs 0.051, v 0.073", 1.0),
-    ("narrow_token", "images nearly as noise: x_0 costs 0.42, v 0.015", 0.2),
-    ("narrow_input", "images whose detail varies much", 1.0),
-    ("narrow_input", "images almost without detail", 3.0),
+    # claim, what is planted: neither claim may hold then
+    ("narrow_token", "alpha 1: x_0 costs 0.051, v 0.073", dict(alpha=1.0)),
+    ("narrow_token", "alpha 0.2: x_0 costs 0.42, v 0.015", dict(alpha=0.2)),
+    ("narrow_token", "alpha 1.2: v costs enough, x_0 too much", dict(alpha=1.2)),
+    ("narrow_token", "a token of 46 for 48: x_0 costs little, v too", dict(k=46)),
+    ("narrow_input", "alpha 1: much detail is not seen", dict(alpha=1.0)),
+    ("narrow_input", "alpha 3: there is hardly any detail", dict(alpha=3.0)),
 ]
 
 DATA = [
@@ -652,10 +654,10 @@ def test_every_verdict_on_models_can_come_out_otherwise(name, what, plant, plant
     assert claim().verdict != planted == claim(cases(**plant)).verdict
 
 
-@pytest.mark.parametrize("name, what, alpha", TOKENS, ids=names)
-def test_every_verdict_on_narrow_tokens_can_come_out_otherwise(name, what, alpha):
+@pytest.mark.parametrize("name, what, plant", TOKENS, ids=names)
+def test_every_verdict_on_narrow_tokens_can_come_out_otherwise(name, what, plant):
     claim = getattr(claims, name)
-    assert claim().verdict == HOLDS and claim(alpha).verdict == FALSE
+    assert claim().verdict == HOLDS and claim(**plant).verdict == FALSE
 
 
 @pytest.mark.parametrize("name, what, spectrum, change, planted", DATA, ids=names)

@@ -336,15 +336,15 @@ def limit_of_data(models=CASES):
 # Section 7: the rank of a token
 
 
-def narrow_token(alpha=1.5):
-    found = {t: tokens.gaussian_costs(32, t, alpha) for t in ERROR_TIMES}
+def narrow_token(alpha=1.5, k=32):
+    found = {t: tokens.gaussian_costs(k, t, alpha) for t in ERROR_TIMES}
     text = {how: ", ".join(f"{costs[how]:.4f}" for costs in found.values()) for how in found[0.1]}
     late = [costs for t, costs in found.items() if t >= 0.3]
     dear = all(costs["v"] > SMALL for costs in late)
     cheap = all(max(costs["x"], costs["skip"]) < SMALL * costs["v"] for costs in late)
     return Row("ours", "a narrow token costs much for v, little for x_0 (t 0.3 on) or a linear "
-               "skip", "32 dimensions for 48 values, Gaussian images, t = 0.1, 0.3, 0.5, 0.7, 0.9: "
-               f"v {text['v']}; x_0 {text['x']}; linear skip {text['skip']}",
+               "skip", f"{k} dimensions for 48 values, Gaussian images, t = 0.1, 0.3, 0.5, 0.7, "
+               f"0.9: v {text['v']}; x_0 {text['x']}; linear skip {text['skip']}",
                over([dear and cheap]))
 
 

@@ -1,7 +1,7 @@
 """
 Makes theory/patches.npz: what section 7 needs of images that are not Gaussian.
 
-    python -m theory.patches PHOTOS.zip          # 15 minutes on one CPU thread, 1 GB of memory
+    python -m theory.patches PHOTOS.zip          # 4 minutes on one CPU thread, 1 GB of memory
 
 "photos_256_P" are the eigenvalues of the covariance of the P x P patches of the photos in the zip,
 each scaled down to a shorter side of 256 pixels and cropped to its middle; smaller photos are left
