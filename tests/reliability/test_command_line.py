@@ -8,6 +8,7 @@ that was on the disk.  No option is silently left out.
 import importlib
 import os
 import random
+import shlex
 import zipfile
 
 import pytest
