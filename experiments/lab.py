@@ -41,16 +41,19 @@ SAMPLING = dict(sampler="ab2", steps=12)     # without guidance
 RATES = 3e-3, 6e-3, 1.2e-2, 2.4e-2           # tried for models that name none
 
 
-class OneClass:
-    """What a data set of one class has beside its images."""
+class Drawn:
+    """A data set of one class, whose image k is draw(k)."""
 
     classes, names, flip = ["-"], ["-"], False
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, draw):
+        self.length, self.draw = length, draw
 
     def __len__(self):
         return self.length
+
+    def __getitem__(self, k):
+        return self.draw(k), 0
 
 
 def seam_contrast(images, P):

@@ -204,12 +204,12 @@ def test_models_are_compared_in_pairs_of_one_seed():
     rows = some_rows(x=[1.0, 2.0, 3.0], y=[1.5, None, 3.25])
     rows += [row | dict(seed=9, loss=100.0) for row in rows[:1] + rows[3:4]]
     assert differences(rows[::-1], "loss", "y", "x", group="g") == [0.5, 0.25]
-    assert "| g | y | 500 | 0.000 | 2.38 ± 1.24 | +0.38 ± 0.12 |" in table(GROUPS, rows)
+    assert "| g | y | 500 | 0.000 | 2.38 ± 1.24 (2 of 3) | +0.38 ± 0.12 (2 of 3) |" in table(GROUPS, rows)
 
 
 @pytest.mark.parametrize("numbers, text", [
-    ([0.1234, 0.1264], "0.125 ± 0.002"), ([12.345], "12.3 (1 seed)"), ([], "-"),
-    ([0.2312, 0.2304], "0.2308 ± 0.0006")])
+    ([0.1234, 0.1249, 0.1264], "0.125 ± 0.002"), ([12.345], "12.3 (1 of 3)"), ([], "-"),
+    ([0.2312, 0.2304], "0.2308 ± 0.0006 (2 of 3)")])
 def test_means_have_the_digits_that_mean_something(numbers, text):
     assert format_mean(numbers) == text
 
