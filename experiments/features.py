@@ -28,7 +28,7 @@ def tokens(net, data, n):
 
 
 def probe(x, y, x_new, y_new):
-    """Fraction of y_new that a ridge regression to one-hot labels, fitted to x and y, recognises."""
+    """Fraction of y_new that a ridge regression to one-hot labels, fitted to x, y, recognises."""
     targets = np.eye(y.max() + 1)[y] - np.bincount(y) / len(y)
     weights = np.linalg.solve(x.T @ x + 0.01 * len(x) * np.eye(x.shape[1]), x.T @ targets)
     return float(((x_new @ weights + np.bincount(y) / len(y)).argmax(axis=1) == y_new).mean())

@@ -120,7 +120,7 @@ BUILD = {
     "linear path, head": ending_in(LinearPath, as_head=True), "U-Net + last layer": ending_in(Both),
     "U-Net, last layer from 0": changed(lambda net: zero(net.output.head.out)),
     "U-Net, random upsampling": changed(lambda net: [
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu") for layer in net.output.head.up]),
+        nn.init.kaiming_normal_(up.weight, nonlinearity="relu") for up in net.output.head.up]),
     "U-Net, PyTorch's default": changed(lambda net: net.output.head.apply(reset))}
 
 

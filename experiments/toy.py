@@ -43,8 +43,7 @@ def draw_point(index, points=cache(on_the_tree)):
 
 
 class ToyNet(nn.Module):
-    """The velocity of a point: a backbone that sees its cell, and a head that sees view(x, centre of
-    the cell)."""
+    """The velocity of a point: a backbone sees its cell, a head sees view(x, the cell's centre)."""
 
     def __init__(self, config, view):
         super().__init__()
