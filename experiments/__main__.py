@@ -3,7 +3,7 @@ The paper's questions at laptop scale.
 
     python -m experiments                       # print the tables of all results
     python -m experiments heads short           # of some, into results/NAME.md too; draw figures
-    python -m experiments heads --run --photos IMAGES        # first train and measure what is missing
+    python -m experiments heads --run --photos IMAGES        # first train what is missing
     python -m experiments --page                # write the tables of README.md
     python -m experiments --quick               # a smoke run of all, which leaves nothing
 """

@@ -38,19 +38,22 @@ from sample import generate, locked, start_processes, to_uint8
 TRAINING = dict(batch_size=16, micro_batch=16, warmup=50, cooldown=0.0, time_mean=0.0, workers=0,
                 sample_every=0, save_every=500, keep=1, log_every=100)
 SAMPLING = dict(sampler="ab2", steps=12)     # without guidance
-RATES = 3e-3, 6e-3, 1.2e-2, 2.4e-2           # tried for models that name none
+RATES = 3e-3, 6e-3, 1.2e-2                    # tried for models that name none
 
 
-class OneClass:
-    """What a data set of one class has beside its images."""
+class Drawn:
+    """A data set of one class, whose image k is draw(k)."""
 
     classes, names, flip = ["-"], ["-"], False
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, draw):
+        self.length, self.draw = length, draw
 
     def __len__(self):
         return self.length
+
+    def __getitem__(self, k):
+        return self.draw(k), 0
 
 
 def seam_contrast(images, P):
@@ -80,7 +83,7 @@ class Judge:
         optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3)
         for step in tqdm(range(steps), "training the judge"):
             batch = [training[k % len(training)] for k in range(64 * step, 64 * step + 64)]
-            x = self.as_input(np.stack([image for image, _ in batch]))
+            x = train.to_model(torch.from_numpy(np.stack([image for image, _ in batch])), "cpu")
             x = x + 0.1 * torch.rand(()) * torch.randn_like(x)
             F.cross_entropy(self.net(x), torch.tensor([label for _, label in batch])).backward()
             optimizer.step()
@@ -90,20 +93,19 @@ class Judge:
         self.moments = self.moments_of(self.real)
         self.accuracy = float((self.classes_of(self.real) == labels).mean())
 
-    def as_input(self, images):
-        return train.to_model(torch.from_numpy(images), "cpu")
-
     @torch.no_grad()
+    def look(self, net, images):
+        """What a part of the classifier makes of images, uint8 (n, H, W, 3)."""
+        parts = np.array_split(images, 10)
+        return torch.cat([net(train.to_model(torch.from_numpy(part), "cpu")) for part in parts])
+
     def classes_of(self, images):
         """uint8 (n, H, W, 3) -> class indices (n,)"""
-        parts = np.array_split(images, 10)
-        return np.concatenate([self.net(self.as_input(part)).argmax(1) for part in parts])
+        return self.look(self.net, images).argmax(1).numpy()
 
-    @torch.no_grad()
     def moments_of(self, images):
         """Mean (64,) and covariance (64, 64) of the last maps, averaged over the image."""
-        maps = [self.net[:-3](self.as_input(part)) for part in np.array_split(images, 10)]
-        features = torch.cat([part.mean(dim=(2, 3)) for part in maps]).double().numpy()
+        features = self.look(self.net[:-3], images).mean(dim=(2, 3)).double().numpy()
         return features.mean(axis=0), np.cov(features, rowvar=False)
 
     def measure(self, images, P, classes=10):
@@ -160,9 +162,10 @@ class Lab:
     def sample(self, net, n, seed=0, **settings):
         """Samples i = 0 ... n - 1 of class i mod K.  -> uint8 (n, H, W, 3)"""
         settings = SAMPLING | settings | (dict(steps=2) if self.quick else {})
-        K, parts = net.config.num_classes, [range(i, min(i + 50, n)) for i in range(0, n, 50)]
-        return np.concatenate([to_uint8(generate(net, [i % K for i in part], part, seed, **settings))
-                               for part in tqdm(parts, "sampling", leave=False)])
+        parts = [np.arange(i, min(i + 50, n)) for i in range(0, n, 50)]
+        return np.concatenate([
+            to_uint8(generate(net, part % net.config.num_classes, part, seed, **settings))
+            for part in tqdm(parts, "sampling", leave=False)])
 
     def judge_samples(self, model, net, **settings):
         """The measures of 1000 samples; half of them are from each of two seeds."""

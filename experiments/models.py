@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dip import DiP, DiPConfig, FinalLayer, PatchDetailerHead, patchify, unpatchify
 from experiments import features, gaussian, overfit, samplers, toy
+from experiments.lab import Drawn
 
 WIDE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
                  head="none")
@@ -109,25 +110,18 @@ class Both(nn.Module):
         return self.plain(*inputs) + self.detailer(*inputs)
 
 
-def default_weights(net):
-    for module in net.output.head.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-
-
-def random_upsampling(net):
-    for layer in net.output.head.up:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+def reset(module):
+    """PyTorch's default initialisation."""
+    getattr(module, "reset_parameters", int)()
 
 
 BUILD = {
     "scalar path": ScalarPath, "linear path": ending_in(LinearPath),
     "linear path, head": ending_in(LinearPath, as_head=True), "U-Net + last layer": ending_in(Both),
-    "U-Net, average pooling": changed(lambda net: setattr(net.output.head, "pool",
-                                                          nn.AvgPool2d(2))),
     "U-Net, last layer from 0": changed(lambda net: zero(net.output.head.out)),
-    "U-Net, random upsampling": changed(random_upsampling),
-    "U-Net, PyTorch's default": changed(default_weights)}
+    "U-Net, random upsampling": changed(lambda net: [
+        nn.init.kaiming_normal_(up.weight, nonlinearity="relu") for up in net.output.head.up]),
+    "U-Net, PyTorch's default": changed(lambda net: net.output.head.apply(reset))}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -170,8 +164,8 @@ ON_PHOTOS = {"no head": 3e-3, "U-Net": 3e-3, "U-Net + last layer": 6e-3, "deeper
 PLACES = {"no head": 6e-3, **dict.fromkeys((
     "U-Net", "U-Net between blocks", "U-Net in both places"), 3e-3)}
 SHORT = PLACES | {"no head, predicts x": 6e-3, "coordinate": 6e-3} | dict.fromkeys((
-    "MLP", "attention", "U-Net on the image", "U-Net, predicts x", "U-Net, average pooling",
-    "U-Net, last layer from 0", "U-Net, random upsampling", "U-Net, PyTorch's default"), 3e-3)
+    "MLP", "attention", "U-Net on the image", "U-Net, predicts x", "U-Net, last layer from 0",
+    "U-Net, random upsampling", "U-Net, PyTorch's default"), 3e-3)
 BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
@@ -194,11 +188,11 @@ EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a 
         **{f"patches of {P}": models(base, BOTH) for P, base in PATCHES.items()}},
     "overfit": {f"{name}, one photo": models(
         base.replace(image_size=overfit.SIZE, num_classes=1), dict.fromkeys(BOTH, 3e-3),
-        overfit.OnePhoto(1), (500, 1000), overfit.measure, **overfit.TRAINING)
+        Drawn(1, lambda _: overfit.PHOTO), (500, 1000), overfit.measure, **overfit.TRAINING)
         for name, base in REGIMES.items()},
     "features": {f"{name}, shapes": models(base, PLACES, measure=features.measure)
                  for name, base in REGIMES.items()},
-    "toy": {"toy": {name: Model(WIDE.replace(num_classes=1), 3e-3, toy.TreeData(100_000),
+    "toy": {"toy": {name: Model(WIDE.replace(num_classes=1), 3e-3, Drawn(100_000, toy.draw_point),
                                 partial(toy.ToyNet, view=view), toy.TRAINING, (2500,), toy.measure)
                     for name, view in toy.VIEWS.items()}},
     "samplers": {"narrow, shapes": {
@@ -206,5 +200,5 @@ EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a 
         for name in samplers.METHODS}},
     "gaussian": {f"tokens of {D}": models(
         gaussian.BASE.replace(hidden_size=D), {"DiT-only": 1e-3, "DiP": 1e-3},
-        gaussian.GaussianData(200_000), (1500,), gaussian.measure, **gaussian.TRAINING)
+        Drawn(200_000, gaussian.draw_image), (1500,), gaussian.measure, **gaussian.TRAINING)
         for D in (32, 96)}}

@@ -10,19 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cbook import get_sample_data
 
-from experiments.lab import OneClass
 from fid import read_image
 
 SIZE = 96
 PHOTO = read_image(get_sample_data("grace_hopper.jpg", asfileobj=False), SIZE)
 TRAINING = dict(batch_size=4, micro_batch=4, label_dropout=0.0)
-
-
-class OnePhoto(OneClass):
-    """A data set of one image."""
-
-    def __getitem__(self, index):
-        return PHOTO, 0
 
 
 def psnr(images, truth):

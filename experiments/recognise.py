@@ -3,8 +3,7 @@ Does a classifier recognise the samples of a model of the ten drawn classes?
 
     python -m experiments.recognise [CHECKPOINT]     # newest run under runs/, or our weights
 
-The judge of lab.py, trained on drawings that no model has seen, classifies 500 samples: Euler, 100
-steps, guided as `python sample.py` does it.
+500 samples (Euler, 100 steps, guided as `python sample.py` does it), and the judge of lab.py.
 """
 
 import sys
@@ -18,19 +17,16 @@ from train import Shapes
 
 
 def main():
-    lab = Lab(SimpleNamespace(device="auto", quick=False))
+    lab, options = Lab(SimpleNamespace(device="auto", quick=False)), sample.parse([])
     path = sample.find_checkpoint(*sys.argv[1:2])
     model, info = sample.load_model(path, lab.device)
     if info["classes"] != Shapes.classes:
         raise ValueError(f"{path} was not trained on the drawn shapes")
-    judge, options = lab.judge("shapes", model.config.image_size), sample.parse([])
-    images = lab.sample(model, 500, sampler="euler", steps=100, cfg=options.cfg,
-                        interval=options.interval)
+    judge = lab.judge("shapes", model.config.image_size)
+    images = lab.sample(model, 500, **options.settings)
     right = judge.classes_of(images) == np.arange(500) % 10
     print(f"{path}, step {info['step']}: the judge recognises {right.mean():.1%} of 500 samples as "
           f"the requested class, and {judge.accuracy:.1%} of 1000 held-out drawings")
-    for k, name in enumerate(Shapes.names):
-        print(f"    {name:<16} {right[k::10].mean():6.1%}")
 
 
 if __name__ == "__main__":

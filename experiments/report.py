@@ -80,29 +80,33 @@ def table(groups, rows, measures=tuple(LABELS), last=False):
     differences to the first model of the group."""
     measures, lines = [m for m in measures if any(m in row for row in rows)], []
     for group, models in groups.items():
-        first = next(iter(models))
+        first, *_ = models
         for steps in models[first].steps[-1 if last else 0:]:
+            title = f"{group}, {steps} steps"
             for name in models:
-                place = dict(group=group, steps=steps)
-                found = [row for row in find(rows, model=name, **place) if row["seed"] in SEEDS]
-                if not found:
-                    continue
-                lines.append([group, name, str(steps), f"{found[0].get('gflops', 0):.3f}"])
-                for m in measures:
-                    pairs = differences(rows, m, name, first, **place) if name != first else []
-                    lines[-1] += [format_mean([row[m] for row in found if row.get(m) is not None]),
-                                  format_mean(pairs, paired=True)]
+                found = [row for row in find(rows, group=group, model=name, steps=steps)
+                         if row["seed"] in SEEDS]
+                line = [title, name, f"{found[0].get('gflops', 0):.3f}"] if found else []
+                for m in measures if found else ():
+                    pairs = differences(rows, m, name, first, group=group, steps=steps)
+                    line += [format_mean([row[m] for row in found if row.get(m) is not None]),
+                             format_mean(pairs, paired=True) if name != first else ""]
+                lines += [line] if found else []
+                title = "" if found else title
     columns = [label for m in measures for label in (LABELS[m], "to the first")]
-    return markdown(["group", "model", "steps", "GFLOPs", *columns], lines)
+    return markdown(["models", "", "GFLOPs", *columns], lines)
 
 
 def rates_table(groups, rows):
-    """Loss on seed 9 at each learning rate."""
+    """Loss on seed 9 at each learning rate, if some were tried."""
     rates = sorted({row["lr"] for row in find(rows, seed=RATE_SEED)})
-    tried = [(group, name, rates_of(rows, group, name)) for group in groups for name in groups[group]]
-    return "" if not rates else "\nLoss on seed 9 at each learning rate:\n\n" + markdown(["group", "model", *map("{:g}".format, rates)], [
-        [group, name, *(f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates)]
-        for group, name, losses in tried if losses]) + "\n"
+    tried = {(group, name): rates_of(rows, group, name)
+             for group, models in groups.items() for name in models}
+    lines = [[*place, *(f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates)]
+             for place, losses in tried.items() if losses]
+    title = "\nLoss on seed 9 at each learning rate:\n\n"
+    header = ["group", "model", *map("{:g}".format, rates)]
+    return f"{title}{markdown(header, lines)}\n" if rates else ""
 
 
 def answer():

@@ -7,8 +7,8 @@ What a head costs.
 
 "Products" is the time of the matrix products, convolutions and attention in one more pass, each
 timed by itself: a floor for any code that leaves them as they are.  A prediction runs a training
-step under bf16 autocast on fake tensors, which have no values.  Peak memory is torch's MemTracker's.
-Each kernel takes the longest of its FLOPs, its bytes and a launch, at the peak rates of a card.
+step under bf16 autocast on fake tensors, which have no values.  Peak memory is MemTracker's.  Each
+kernel takes the longest of its FLOPs, its bytes and a launch, at the peak rates of a card.
 """
 
 import statistics

@@ -8,13 +8,14 @@ point within its cell, from -1 to 1.  "Image": its place in the plane.  "Image, 
 place in units of half a cell, to separate locality from mere scale.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn as nn
 from scipy.spatial import cKDTree
 
 from dip import MIN_TIME, TimeEmbedding
-from experiments.lab import OneClass
 from sample import heun, random_stream
 
 CELL, GRID, WIDTH, POINTS = 0.25, 32, 64, 4000   # side of a cell, cells a side, units, samples
@@ -36,20 +37,13 @@ def on_the_tree(n, seed):
     return chosen[:, 0] + rng.random((n, 1)) * (chosen[:, 1] - chosen[:, 0])
 
 
-class TreeData(OneClass):
-    """Points as images of one pixel with two channels, in levels from 0 to 255, not rounded."""
-
-    def __init__(self, length):
-        super().__init__(length)
-        self.points = ((on_the_tree(length, 0) + 1) * 127.5).astype(np.float32)
-
-    def __getitem__(self, index):
-        return self.points[index][None, None], 0
+def draw_point(index, points=cache(on_the_tree)):
+    """Training point `index` as an image (1, 1, 2), in levels from 0 to 255, not rounded."""
+    return ((points(100_000, 0)[index] + 1) * 127.5).astype(np.float32)[None, None]
 
 
 class ToyNet(nn.Module):
-    """The velocity of a point: a backbone that sees its cell, and a head that sees view(x, centre of
-    the cell)."""
+    """The velocity of a point: a backbone sees its cell, a head sees view(x, the cell's centre)."""
 
     def __init__(self, config, view):
         super().__init__()
