@@ -44,7 +44,7 @@ def x_cheaper_from(alpha, k=32):
 SHAPES_TIMES = np.arange(1, 20) / 20         # every other one is the middle of a tenth of t
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 TRAINED = {(16, 4): ("crossover", "16 of 48"), (36, 4): ("crossover", "36 of 48"),
-           (96, 8): ("kinds", "narrow, shapes"), (48, 4): ("crossover", "48 of 48")}
+           (96, 8): ("short", "narrow, shapes"), (48, 4): ("crossover", "48 of 48")}
 
 
 @cache
@@ -64,8 +64,9 @@ def measured_gain(k, side):
     name, group = TRAINED[k, side]
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     without, with_head = (np.mean([row["loss_by_t"] for row in rows
-                                   if (row["group"], row["model"]) == (group, model)], axis=0)
-                          for model in ("none", "unet"))
+                                   if (row["group"], row["model"]) == (group, model)
+                                   and row["seed"] < 3], axis=0)         # 9 chose the rates
+                          for model in ("no head", "U-Net"))
     return without - with_head
 
 
