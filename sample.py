@@ -84,7 +84,7 @@ def adams_bashforth(velocity, x, steps):
 
 
 def euler_maruyama(velocity, x, steps, noise=None):
-    """The reverse SDE which, without guidance, has the marginals of the ODE; g(t)^2 = w = t:
+    """The reverse SDE which, without guidance, has the marginals of the ODE; diffusion w = t:
 
         dx = [v - w/2 score] dt + sqrt(w) dW,    score = -eps_hat / t,    eps_hat = x + (1 - t) v
 
@@ -461,7 +461,7 @@ def load_model(path, device="cpu", ema=True):
         if "config" in state:
             weights, info = state["ema" if ema else "model"], {key: state[key] for key in INFO}
             if state["config"]["depth"] + state["config"]["head_depth"] > len(weights):
-                raise ValueError("it has too few weights for its depth")
+                raise ValueError("it has too few weights for its depth")     # DiP() might never end
             config, texts = DiPConfig(**state["config"]), info["classes"] + info["names"]
             if len(texts) != 2 * config.num_classes or {*map(type, texts)} != {str}:
                 raise ValueError(f"classes and names are not {config.num_classes} texts each")
@@ -629,12 +629,12 @@ def save_atomically(path, write):
 def locked(folder):
     """Hold the system's lock on a folder, so that one process alone writes into it.  The lock ends
     with the process, however that ends; loader processes do not inherit it."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:                      # Windows has no such lock
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -760,8 +760,8 @@ def run(main):
     or 1 after an error."""
     torch.set_flush_denormal(True)           # subnormal numbers make a CPU slow
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
-        mallopt(-1, -1)                      # glibc returns freed memory, and every step asks for
-        mallopt(-4, 0)                       # it again: a tenth of the small model's time
+        mallopt(-1, -1)                      # M_TRIM_THRESHOLD: glibc keeps freed memory,
+        mallopt(-4, 0)                       # M_MMAP_MAX: a tenth of the small model's time
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # a console may lack a class's letters
     code = 1

@@ -13,7 +13,7 @@ depend on (seed, k) and the kind of device alone, not on the number of processes
 workers; results agree up to the order of sums.  A run writes ckpt-*.pt, log.jsonl, loss.png and
 samples-*.png into --out, which all nodes must share.  On SIGTERM or Ctrl-C it finishes the step,
 saves and exits; give torchrun --shutdown-timeout 300 for large models.  An update with a gradient
-that is not finite is skipped.  In --help, [a; b] are the paper's default and Nano's.
+that is not finite is skipped.  In --help, [a; b] means b for DiP-Nano/16, a for other presets.
 """
 
 import copy
@@ -88,7 +88,7 @@ def parse(argv=None):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order and noise [0]")
     add("--out", type=text, metavar="DIR", help="folder of the run [runs/MODEL-SIZE]")
     add("--log-every", type=number(int, 1), default=50, help="steps between lines of the log [50]")
-    add("--sample-every", type=number(int, 0), 
+    add("--sample-every", type=number(int, 0),
         help="steps between pictures and validation; 0: none [1/5 of the run, 250 to 10000]")
     add("--save-every", type=number(int, 1), help="steps between checkpoints [the same]")
     add("--keep", type=number(int, 1), default=2, help="number of checkpoints kept [2]")
@@ -130,9 +130,10 @@ def configure(options, device, inherited=None):
     steps = options.steps or recipe["steps"]
     recipe["warmup"] = min(recipe["warmup"], steps // 10)
     every = min(10_000, max(250, steps // 5))
-    folder = "-".join([name or "init", *options.set, str(config.image_size)])
+    words = filter(None, [options.init and "init", name, *options.set, str(config.image_size)])
+    folder = "runs/" + re.sub(r"[^\w.-]+", "-", "-".join(words))
     defaults = dict(recipe, image_size=config.image_size, sample_every=every, save_every=every,
-                    workers=8 if large else 0, out="runs/" + re.sub(r"[^\w.-]+", "-", folder))
+                    workers=8 if large else 0, out=folder)
     for option, value in defaults.items():
         if getattr(options, option) is None:
             setattr(options, option, value)
@@ -144,7 +145,7 @@ def configure(options, device, inherited=None):
                   f"{options.micro_batch}, which is slow; choose another --batch-size")
     if rest or part % options.micro_batch or not part:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {world} "
-                         f"processes x --micro-batch {options.micro_batch}")
+                         f"processes x --micro-batch {options.micro_batch}; choose a multiple")
     if options.warmup >= options.steps:
         raise ValueError(f"--warmup {options.warmup} must be below --steps {options.steps}")
     return config
@@ -166,8 +167,8 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
     device, config = next(model.parameters()).device, model.config
     losses = torch.zeros(3, BINS, device=device)
     count = options.batch_size // (dist.get_world_size() * options.micro_batch)
-    for k in range(count):
-        # a micro-batch: images, labels, and every example's own random numbers
+    for i in range(count):
+        # a micro-batch: z ~ N(0, 1) becomes t, u ~ U(0, 1) drops labels, examples are indices
         pixels, y, z, u, examples = next(batches)
         x_0 = to_model(pixels, device)                                   # (B, 3, H, W) in [-1, 1]
         y, z, u = (part.to(device, non_blocking=True) for part in (y, z, u))         # (B,) each
@@ -175,7 +176,7 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
         t = logit_normal_time(z, options.time_mean)                      # (B,)
         y = drop_labels(y, u, config.num_classes, options.label_dropout)
 
-        net.require_backward_grad_sync = k == count - 1      # DDP sums the gradients once a step
+        net.require_backward_grad_sync = i == count - 1      # DDP sums the gradients once a step
         with autocast(device):
             features = encoder(x_0) if encoder else None                 # (B, repa_dim, h, w)
             flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)         # (B,) each
@@ -189,7 +190,7 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
     if norm.isfinite():                                      # the same on all ranks
         optimizer.step()
-        # the average warms up: a short run averages over about its last tenth
+        # ema += (1 - decay) (model - ema); a short run averages over about its last tenth
         decay = min(options.ema, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
     optimizer.zero_grad()
@@ -223,13 +224,10 @@ def by_time(t, flow, repa):
 MAX_SKIPPED = 10         # updates in a row that may be not finite
 
 
-def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None):
-    """Train the model, or the newest checkpoint in --out, until --steps or a signal.  Returns (EMA
-    of the model, steps done).
-
-    look(out, step, ema, data, val_data, options) draws the pictures, every --sample-every steps.
-    """
-    out, rank, look = Path(options.out), dist.get_rank(), look or write_pictures
+def fit(model, options, data, val_data=None, encoder=None, signals=()):
+    """Train the model, or the newest checkpoint in --out, until --steps, or until `signals` holds
+    one (noted_signals).  Returns (EMA of the model, steps done)."""
+    out, rank = Path(options.out), dist.get_rank()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
     first, unlogged = resume(model, ema, optimizer, options, data)
@@ -245,7 +243,8 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
             unlogged, skipped = unlogged + losses.cpu(), 0
         else:
             skipped = report_skipped(out, step + 1, skipped + 1, losses.cpu())
-        done, last, stop = step + 1, step + 1 == options.steps, total(len(signals)) > 0
+        done, last = step + 1, step + 1 == options.steps
+        stop = total(len(signals)) > 0                       # a signal to one rank stops all
         log = last or done % options.log_every == 0
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
@@ -263,7 +262,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
                 save_checkpoint(model, ema, optimizer, options, data, done, unlogged)
             if sample and not stop:
                 try:
-                    look(out, done, ema, data, val_data, options)
+                    write_pictures(out, done, ema, data, val_data, options)
                 except FloatingPointError as error:          # of an early or diverging model
                     tqdm.write(f"warning: no samples at step {done}: {error}", file=sys.stderr)
             if sample or save:
@@ -392,7 +391,7 @@ def report_skipped(out, step, skipped, losses):
 
 
 def start_from(model, given, path):
-    """Copy the weights of --init.  A label table of other classes stays new, except for the null
+    """Copy the weights of --init.  A label table of another size stays new, except for the null
     class; so does a projector of REPA for another encoder."""
     fresh, weights = model.state_dict(), given.state_dict()
     if given.config.num_classes != model.config.num_classes:
@@ -427,12 +426,12 @@ def validate(model, data, batch=50, limit=500):
     device, count = next(model.parameters()).device, min(limit, len(data))
     examples, losses = Examples(data, 0, "val"), torch.zeros(3, BINS)
     for start in tqdm(range(0, count, batch), "validating", leave=False):
-        pixels, y, z, _, k = default_collate(
+        pixels, y, z, _, indices = default_collate(
             [examples[k] for k in range(start, min(start + batch, count))])
         x_0, t = to_model(pixels, device), logit_normal_time(z.to(device))
         with autocast(device):
             losses += by_time(t, *flow_matching_loss(model, x_0, y.to(device), t,
-                                                     draw_noise(x_0, 0, "val", k))).cpu()
+                                                     draw_noise(x_0, 0, "val", indices))).cpu()
     return losses
 
 
@@ -593,8 +592,8 @@ class ImageFolder:
             problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
         elif empty:
             problem = f"folders without images: {', '.join(sorted(empty)[:5])}"
-        elif (self.root / "dataset.json").exists() or all(
-                name.isdecimal() and len(name) >= 5 for name in folders) and folders:
+        elif (self.root / "dataset.json").exists() or (folders and all(  # EDM, FFHQ
+                name.isdecimal() and len(name) >= 5 for name in folders)):
             problem = f"numbered folders, which are no classes: {', '.join(folders[:3])}"
         elif len(folders) == 1 and len(deep) > 1 and all(len(parts) > 2 for parts in inside):
             problem = f"one folder of folders: give {self.root / folders[0]} itself?"
@@ -701,8 +700,8 @@ def main():
     device = start_processes(options.device)
     rank = dist.get_rank()
     given, info = load_model(options.init) if options.init else (None, None)
-    config = configure(options, device, given and (
-        given.config, info["options"].get("model", "")))
+    inherited = (given.config, info["options"].get("model", "")) if given else None
+    config = configure(options, device, inherited)
     out = Path(options.out)
     if options.data and out.resolve().is_relative_to(Path(options.data).resolve()):
         raise ValueError(f"--out {out} is inside --data {options.data}: its pictures would become "
@@ -715,7 +714,7 @@ def main():
     if given:
         start_from(model, given, options.init)
         del given
-    with locked(out) if rank == 0 else nullcontext(), noted_signals() as signals:
+    with (locked(out) if rank == 0 else nullcontext()), noted_signals() as signals:
         if rank == 0:
             weights = sum(p.numel() for p in model.parameters()) / 1e6
             print(f"{options.model or options.init}: {weights:.2f} M weights, on "
