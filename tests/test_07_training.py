@@ -443,7 +443,7 @@ def test_by_time_sums_losses_in_tenths_of_t():
 
 
 def test_validation_sees_at_most_500_images_in_fixed_order(monkeypatch):
-    """In batches of the size that is asked for, which the losses do not depend on."""
+    """In batches of the requested size, on which the losses do not depend."""
     model, data, seen = awake(SMALL.replace(num_classes=10)), Shapes(16, 1000, first=10**6), []
     small, large = (train.validate(model, data, B, limit=20) for B in (3, 50))
     torch.testing.assert_close(small, large)
