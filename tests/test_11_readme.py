@@ -40,7 +40,8 @@ def test_the_table_of_presets_holds_their_parameters_and_costs(name):
         parameters = sum(p.numel() for p in DiP(config).parameters())
     flops, tokens = cost(config)[1], (config.image_size // config.patch_size) ** 2
     paper = f"{PAPER_MILLIONS[name]} M" if name in PAPER_MILLIONS else "-"
-    assert f"| {name} | {parameters / 1e6:.1f} M | {flops / 1e9:.1f} | {tokens} | {paper} |" == rows[0]
+    size = f"{parameters / 1e6:.1f} M | {flops / 1e9:.1f} | {tokens}"
+    assert rows == [f"| {name} | {size} | {paper} |"]
 
 
 def test_every_choice_marked_in_the_code_is_explained_in_the_table():
