@@ -16,23 +16,23 @@ token is too coarse to carry (Sec. 3.3, Fig. 6).
                                                                    |
     t ----> embed -------------------------------------------------'
 
-    blocks: every patch attends to every other.   head: each patch alone, with its token.
+    blocks: every patch attends to every other.   head: each patch alone (by default).
 
-Conventions, stated once:
+Conventions:
     * Images are float (B, 3, H, W) in [-1, 1].  Labels are int64 (B,).  Label `num_classes` is the
       null class, "no label", which classifier-free guidance needs.
     * Eq. (6): x_t = (1 - t) x_0 + t eps.  t = 0 is data, t = 1 is noise; t is float (B,) in [0, 1].
-    * The model returns the velocity v = d x_t / dt = eps - x_0 of Eq. (5), where Sec. 3.3 says
+    * The model returns the velocity v = d x_t / dt = eps - x_0 of Eq. (5); Sec. 3.3 calls it the
       noise.  Sampling (sample.py) goes from t = 1 down to t = 0.
     * Patches are in row-major order.  H and W may differ; both must be multiples of P.
     * Letters: B images, H W pixels, P patch side, N = (H/P)(W/P) patches, L blocks, D token width,
-      s tokens, c condition, d = D / num_heads.  Inside a head: M inputs (M = B N patches, or M = B
-      images) and C channels.
+      s tokens, c condition, d = D / num_heads.  In a head: M inputs (B N patches, or B images), C
+      channels, and s is the context, SiLU(token + time).
 
-The network is the one the authors released (github.com/NJU-PCALab/DiP); `from_release` converts
-their weights.  Equations, tables and sections are those of the paper (arXiv 2511.18822).
-`# unspecified [name]:` marks a choice that the paper leaves open, `# differs [name]:` one where we
-follow the release against the paper's text.  The README lists both with reasons.
+The default network is the one the authors released (github.com/NJU-PCALab/DiP); `from_release`
+converts their weights.  Equations, tables and sections are those of the paper (arXiv 2511.18822).
+`# unspecified [name]:` marks a choice that the paper leaves open, `# differs [name]:` one against
+the paper's text.  The README lists both, with reasons.
 """
 
 import dataclasses
@@ -74,11 +74,14 @@ class DiPConfig:
 
 
 # -------------------------------------------------------------------------------------------------
-# Patches: two functions, each the inverse of the other.  Only they know the order of patches.
+# Patches: two functions, each the inverse of the other
 
 
 def patchify(x, P):
-    """Cut images into squares, row by row.  x (B, 3, H, W) -> (B, N, 3, P, P)"""
+    """Cut images into squares, row by row.  x (B, 3, H, W) -> (B, N, 3, P, P)
+
+    Raises ValueError unless H and W are multiples of P.
+    """
     B, channels, H, W = x.shape
     check_multiple("image height", H, P, "patch_size")
     check_multiple("image width", W, P, "patch_size")
@@ -112,7 +115,7 @@ class TimeEmbedding(nn.Module):
 
 
 def time_frequencies(device=None, dtype=torch.float32):
-    """w_k = 10^(-k/128), from 1 to about 0.1; DiT's go up to 1000.  -> (128,)"""
+    """w_k = 10^(-k/128), from 1 down to about 0.1; DiT's start at 1000.  -> (128,)"""
     # unspecified [time embedding]: the release's, which comes from DDT
     return 10 ** (-torch.arange(128, device=device, dtype=dtype) / 128)
 
@@ -128,7 +131,8 @@ def rope_angles(rows, columns, d, device=None):
 
 
 def rotate(x, rope):
-    """Turn each pair (x_i, x_{i + d/2}) by its angle.  x (..., N, d), rope = cos, sin (N, d/2)"""
+    """Turn each pair (x_i, x_{i + d/2}) by its angle.  x (..., N, d), rope = cos, sin (N, d/2) each
+    -> (..., N, d)"""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -152,10 +156,10 @@ class Attention(nn.Module):
     def forward(self, s, rope):
         """s (B, N, D), rope = cos, sin (N, d/2) -> (B, N, D)    with d = D / num_heads"""
         q, k, v = self.qkv(s).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = rotate(self.q_norm(q.float()), rope).type_as(v)  # (B, heads, N, d)
+        q = rotate(self.q_norm(q.float()), rope).type_as(v)  # (B, heads, N, d), as k and v
         k = rotate(self.k_norm(k.float()), rope).type_as(v)  # norms and rotations in float32
-        s = F.scaled_dot_product_attention(q, k, v)
-        return self.out(s.transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v)      # (B, heads, N, d)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -190,7 +194,7 @@ class Block(nn.Module):
         self.adaLN = nn.Linear(condition_dim, 6 * D)
 
     def forward(self, s, c, rope):
-        """s (B, N, D), c (B, condition_dim) after its SiLU -> (B, N, D)"""
+        """s (B, N, D), c (B, condition_dim) after its SiLU, rope as above -> (B, N, D)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)    # (B, D)
         s = s + gate1[:, None] * self.attention(modulate(self.norm1(s), shift1, scale1), rope)
         s = s + gate2[:, None] * self.mlp(modulate(self.norm2(s), shift2, scale2))
@@ -198,14 +202,14 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Patch Detailer Heads (Sec. 3.4, Table 2).  A head predicts every pixel from the noisy pixels and
-# their context:
+# Patch Detailer Heads (Sec. 3.4, Table 2).  A head predicts every pixel from the noisy pixels x and
+# their context s = SiLU(token + time):
 #
-#     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)        s = SiLU(token + time)
+#     head(x (M, 3, h, w), s (M, D, h', w')) -> (M, 3, h, w)
 #
-# Patch input: M = B N patches of P x P pixels, each with its own token (h' = w' = 1).  Image input:
-# M = B images, each with its map of tokens.  To add a head, write a class like these, which also
-# initialises itself, and enter it in HEADS.  WIDTH and DEPTH apply where the config says 0.
+# Patch input: M = B N patches of P x P pixels, each with its own context (h' = w' = 1).  Image
+# input: M = B images, each with a map of contexts.  To add a head, write a class like these that
+# initialises itself, and add it to HEADS.  WIDTH and DEPTH are its defaults.
 
 
 def in_float32(layer, x):
@@ -217,7 +221,7 @@ def in_float32(layer, x):
 
 def he_normal_(head):
     """Every weight He normal, every bias 0."""
-    # unspecified [head initialisation]: measured on our small models, see experiments/
+    # unspecified [head initialisation]: chosen on our small models; the release has PyTorch's
     for parameter in head.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, nonlinearity="relu")
@@ -253,14 +257,14 @@ class UNetHead(nn.Module):
 
     def forward(self, x, s):
         """x (M, 3, h, w), s (M, D, h', w') -> (M, 3, h, w);  shapes below: Table 4, h = w = 16"""
-        x = x.contiguous(memory_format=torch.channels_last)  # sampling on a CPU is 10 % faster
+        x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions on a CPU
         skips = []
         for conv in self.down:
             x = F.silu(conv(x))
             skips.append(x)                                  # (M, 64, 16, 16) ... (M, 512, 2, 2)
             x = self.pool(x)                                 # (M, 64,  8,  8) ... (M, 512, 1, 1)
-        s = F.interpolate(s, size=x.shape[-2:], mode="nearest")      # (M, D, 1, 1), or copies of it
-        x = F.silu(self.bottleneck(torch.cat([x, s.type_as(x)], dim=1)))
+        s = F.interpolate(s, size=x.shape[-2:], mode="nearest")      # (M, D, 1, 1)
+        x = F.silu(self.bottleneck(torch.cat([x, s.type_as(x)], dim=1)))     # (M, 512, 1, 1)
         for up, merge in zip(self.up, self.merge):
             x = torch.cat([up(x), skips.pop()], dim=1)       # (M, 1024, 2, 2) ... (M, 128, 16, 16)
             x = F.silu(merge(x))                             # (M,  256, 2, 2) ... (M,  64, 16, 16)
@@ -283,10 +287,10 @@ class MLPHead(nn.Module):
 
     def forward(self, x, s):
         """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
-        h = torch.cat([s.flatten(1), x.flatten(1)], dim=1)   # (M, D + 3PP)
+        z = torch.cat([s.flatten(1), x.flatten(1)], dim=1)   # (M, D + 3PP)
         for layer in self.layers:
-            h = F.silu(layer(h))                             # (M, C)
-        return in_float32(self.out, h).view(x.shape)
+            z = F.silu(layer(z))                             # (M, C)
+        return in_float32(self.out, z).view(x.shape)
 
 
 def cosine_basis(P, device=None):
@@ -318,13 +322,13 @@ class CoordinateHead(nn.Module):
         M, C = len(x), self.out.in_features
         basis = cosine_basis(x.shape[-1], x.device).expand(M, -1, -1)        # (M, PP, 64)
         colour = x.flatten(2).transpose(1, 2)                                # (M, PP, 3)
-        h = self.embed(torch.cat([colour, basis], dim=2)).float()            # (M, PP, C)
+        z = self.embed(torch.cat([colour, basis], dim=2)).float()            # (M, PP, C)
         for norm, generator in zip(self.norms, self.generators):
             w1, w2 = generator(s.flatten(1)).float().chunk(2, dim=1)         # (M, 2CC) each
             w1 = F.normalize(w1.view(M, C, 2 * C), dim=1)                    # columns of length 1
             w2 = F.normalize(w2.view(M, 2 * C, C), dim=1)
-            h = h + F.silu(norm(h) @ w1) @ w2                                # (M, PP, C)
-        return in_float32(self.out, self.norm(h)).transpose(1, 2).reshape(x.shape)
+            z = z + F.silu(norm(z) @ w1) @ w2                                # (M, PP, C)
+        return in_float32(self.out, self.norm(z)).transpose(1, 2).reshape(x.shape)
 
 
 class AttentionHead(nn.Module):
@@ -347,10 +351,10 @@ class AttentionHead(nn.Module):
         """x (M, 3, P, P), s (M, D, 1, 1) -> (M, 3, P, P)"""
         angles = rope_angles(*x.shape[-2:], self.HEAD_DIM, x.device)         # (PP, 8)
         rope = angles.cos(), angles.sin()
-        h = self.embed(x.flatten(2).transpose(1, 2)).float()                 # (M, PP, C)
+        z = self.embed(x.flatten(2).transpose(1, 2)).float()                 # (M, PP, C)
         for block in self.blocks:
-            h = block(h, s.flatten(1), rope)
-        return in_float32(self.out, self.norm(h)).transpose(1, 2).reshape(x.shape)
+            z = block(z, s.flatten(1), rope)
+        return in_float32(self.out, self.norm(z)).transpose(1, 2).reshape(x.shape)
 
 
 HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attention": AttentionHead}
@@ -361,8 +365,8 @@ HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attent
 
 
 class PatchDetailerHead(nn.Module):
-    """Gives one of HEADS its inputs: tokens with the time added, and the noisy pixels patch by
-    patch, or of the whole image (Fig. 11)."""
+    """Feeds one of HEADS: the context, and the noisy pixels of one patch at a time or of the whole
+    image (Fig. 11)."""
 
     def __init__(self, config):
         super().__init__()
@@ -373,11 +377,13 @@ class PatchDetailerHead(nn.Module):
     def forward(self, x_t, s, time, c):
         """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W)"""
         H, W = x_t.shape[-2:]
-        s = F.silu(s + time[:, None])        # unspecified [context]: the release's, without label
+        # unspecified [context]: the release's, which leaves out the label
+        context = F.silu(s + time[:, None])                                  # (B, N, D)
         if self.head_input == "image":
-            return self.head(x_t, s.transpose(1, 2).unflatten(2, (H // self.P, W // self.P)))
+            size = H // self.P, W // self.P
+            return self.head(x_t, context.transpose(1, 2).unflatten(2, size))
         patches = patchify(x_t, self.P)                                      # (B, N, 3, P, P)
-        pixels = self.head(patches.flatten(0, 1), s.flatten(0, 1)[:, :, None, None])
+        pixels = self.head(patches.flatten(0, 1), context.flatten(0, 1)[:, :, None, None])
         return unpatchify(pixels.unflatten(0, patches.shape[:2]), (H, W))
 
 
@@ -413,11 +419,11 @@ class DiP(nn.Module):
     | tensor                                  | initialisation                                |
     |-----------------------------------------|-----------------------------------------------|
     | patch embedding                         | Xavier uniform, bias 0 (release)              |
-    | label table, both weights of time's MLP | normal, deviation 0.02 (release)              |
+    | label table, both layers of time's MLP  | weights normal, deviation 0.02 (release)      |
     | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
     | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
     | inject_embed, from detail to tokens     | 0: at first, an injection adds nothing        |
-    | everything else, adaLN too, unlike DiT  | PyTorch's default, norms 1 (release)          |
+    | everything else, adaLN too, unlike DiT  | PyTorch's default (release)                   |
     """
 
     def __init__(self, config):
@@ -462,7 +468,7 @@ class DiP(nn.Module):
         rope = angles.cos(), angles.sin()                        # (N, d/2) each
         time = self.time(t)                                      # (B, D)       how noisy
         c = F.silu(time + self.label(y))                         # (B, D)       ... and what
-        s = self.embed(patches.flatten(2)).float()               # (B, N, D)    always float32
+        s = self.embed(patches.flatten(2)).float()               # (B, N, D)    stays float32
         for i, block in enumerate(self.blocks, start=1):
             s = block(s, c, rope)                                # (B, N, D)    across all patches
             if align and i == self.repa_after:
@@ -470,7 +476,7 @@ class DiP(nn.Module):
             if i == self.inject_after:
                 detail = self.inject_detail(x_t, s, time, c)     # (B, 3, H, W)
                 s = s + self.inject_embed(patchify(detail, P).flatten(2))
-        predicted = self.output(x_t, s, time, c)                 # (B, 3, H, W) patch by patch
+        predicted = self.output(x_t, s, time, c)                 # (B, 3, H, W)
         if self.config.prediction == "v":
             v = predicted
         else:                                                    # a clean image: x_t - x_0 = t v
@@ -500,7 +506,7 @@ def drop_labels(y, u, num_classes, rate=0.1):
 
 
 def flow_matching_loss(model, x_0, y, t, noise, features=None):
-    """Eq. (5) and REPA's alignment loss, one value an image: (flow, repa), each (B,).
+    """Eq. (5) and REPA's alignment loss, one value per image: (flow, repa), each (B,).
 
         flow = mean over pixels and channels of (v_theta(x_t, t, y) - (eps - x_0))^2
         repa = mean over patches of 1 - cos(projected token, feature),  0 without features
@@ -534,23 +540,25 @@ RELEASE_NAMES = {                                # theirs: ours, applied in this
 
 
 def from_release(weights):
-    """Convert the authors' state dict to (DiPConfig, state dict of DiP) with the same velocity.
+    """Convert the authors' state dict to (DiPConfig, state dict of a DiP with the same velocity).
 
     1. Their names differ: RELEASE_NAMES.
     2. Their time is t' = 1 - t.  Since cos w(1-t) = cos w cos wt + sin w sin wt and
        sin w(1-t) = sin w cos wt - cos w sin wt, the first layer of the time MLP absorbs this.
-    3. Their velocity points from noise to data: the last layer changes its sign.
+    3. Their velocity points from noise to data, so we negate the last layer.
     4. They rotate neighbouring pairs (2j, 2j + 1), column and row in turn; we rotate the pairs
-       (i, i + d/2), rows first.  So the dimensions of queries and keys change their order.
+       (i, i + d/2), rows first.  So we reorder the dimensions of queries and keys.
+
+    Raises KeyError, AssertionError or another error if the weights are not theirs.
     """
     ours = {}
     for name, weight in weights.items():
-        for theirs, new in RELEASE_NAMES.items():
-            name = name.replace(theirs, new)
+        for old, new in RELEASE_NAMES.items():
+            name = name.replace(old, new)
         ours[name] = weight
     D, pixels = ours["embed.weight"].shape
     P, d = math.isqrt(pixels // 3), len(ours["blocks.0.attention.q_norm.weight"])
-    # the weights do not tell the image size: assume 16 x 16 patches, as in the paper
+    # the weights do not say the image size: assume 16 x 16 patches, as in the paper
     config = DiPConfig(image_size=16 * P, patch_size=P, hidden_size=D, num_heads=D // d,
                        depth=len({name.split(".")[1] for name in ours if "blocks." in name}),
                        num_classes=len(ours["label.weight"]) - 1,
@@ -608,7 +616,7 @@ def check(config):
     check_choice("prediction", config.prediction, ("v", "x"))
     check_multiple("image_size", config.image_size, config.patch_size, "patch_size")
     check_multiple("hidden_size", config.hidden_size, 4 * config.num_heads,
-                   "4 * num_heads")                          # rotary pairs by row and by column
+                   "4 * num_heads")          # half of the rotary pairs for rows, half for columns
     if config.head == "unet":
         stages = config.head_depth or UNetHead.DEPTH
         check_multiple("patch_size", config.patch_size, 2**stages, f"2 ** {stages} (head_depth)")
@@ -617,7 +625,7 @@ def check(config):
         check_multiple("head_width", width, d, "AttentionHead.HEAD_DIM")
     if config.head == "none" and (config.head_width or config.head_depth):
         raise ValueError(f"head='none' takes no head_width={config.head_width} or "
-                         f"head_depth={config.head_depth}; leave them 0, or name a head")
+                         f"head_depth={config.head_depth}; leave them 0, or choose a head")
     if config.head_input == "image" and config.head != "unet":
         raise ValueError(f"head_input='image' needs head='unet', not head={config.head!r}")
     if config.placement != "post-hoc" and (config.head == "none" or config.depth < 2):
@@ -647,6 +655,7 @@ PRESETS = {
     "DiP-S/16": XL.replace(hidden_size=384, depth=12, num_heads=6, head_width=16),
     "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),
     # for a CPU
+    # differs [Nano predicts x]: the clean image, which is better where tokens are narrow (JiT)
     "DiP-Nano/16": XL.replace(image_size=48, hidden_size=192, depth=6, num_heads=6, num_classes=10,
                               head_width=8, prediction="x"),
 }

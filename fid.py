@@ -243,7 +243,7 @@ class InceptionV3(nn.ModuleDict):
         """uint8 (B, H, W, 3) -> pool (B, 2048), spatial (B, 2023), probabilities (B, 1008)"""
         x = (resize_tf1(images.float()) - 128) / 128
         x = x.permute(0, 3, 1, 2)                            # channels_last in memory
-        for name, layer in list(self.items())[:-1]:
+        for name, layer in list(self.items())[:-1]:          # all but fc
             x = layer(x)
             if name == "Mixed_6d":
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)        # ADM: H, W, then C
@@ -327,6 +327,8 @@ def read_image(path, crop=None):
         if math.prod(image.size) > MAX_PIXELS or crop and (
                 max(image.size) / min(image.size) * crop**2 > MAX_PIXELS):
             raise ValueError(f"{image.width} x {image.height} pixels would need gigabytes")
+        if "transparency" in image.info and image.tile[0].args in ("L;2", "L;4", "RGB;16B"):
+            raise ValueError("Pillow misreads this transparency; save it with an alpha channel")
         with suppress(Exception):            # broken EXIF says nothing of the image
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
@@ -395,6 +397,7 @@ class Side:
             self.n = self.count
 
     def open_npz(self, file):
+        """Read and check the statistics, and find out where the images begin."""
         found = {key: file[key] for key in STATISTICS if key in file}
         if "arr_0" not in file and not found:
             raise ValueError(f"neither arr_0 nor mu, but {', '.join(file)[:100]}")
@@ -427,7 +430,7 @@ class Side:
         with in_one_line(f"{self.path}: arr_0 cannot be read"):
             image = 3 * math.prod(self.size)                 # bytes
             self.array.seek(self.start + start * image)
-            data = self.array.read((min(stop, self.count) - start) * image)
+            data = self.array.read((stop - start) * image)
             return np.frombuffer(data, np.uint8).reshape(-1, *self.size, 3)
 
     def read_file(self, file):
@@ -636,6 +639,8 @@ def report(sides, options, extractor, device):
 
 if __name__ == "__main__":
     code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # a console may lack a path's letters
     try:
         main()
         code = 0

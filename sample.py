@@ -24,12 +24,14 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,15 +55,15 @@ def time_steps(steps):
 
 
 def euler(velocity, x, steps):
-    """Order 1, one evaluation a step: the paper's sampler, with 100 steps (Table 4)."""
+    """Order 1, one evaluation per step: the paper's sampler, with 100 steps (Table 4)."""
     for t, t_next in time_steps(steps):
         x = x + (t_next - t) * velocity(x, t)
     return x
 
 
 def heun(velocity, x, steps):
-    """Order 2, two evaluations a step: the mean of the velocities at both ends.  The last step is
-    one of Euler, as in EDM: training hardly ever visits t = 0."""
+    """Order 2, two evaluations per step: the mean of the velocities at both ends.  The last step is
+    plain Euler, as in EDM: training rarely sees t = 0."""
     for t, t_next in time_steps(steps):
         v, dt = velocity(x, t), t_next - t
         if t_next > 0:
@@ -71,7 +73,7 @@ def heun(velocity, x, steps):
 
 
 def adams_bashforth(velocity, x, steps):
-    """Order 2, one evaluation a step: extrapolates from the velocity of the previous step."""
+    """Order 2, one evaluation per step: extrapolates from the velocity of the previous step."""
     v_prev = None
     for t, t_next in time_steps(steps):
         v = velocity(x, t)
@@ -82,11 +84,11 @@ def adams_bashforth(velocity, x, steps):
 
 
 def euler_maruyama(velocity, x, steps, noise=None):
-    """The reverse SDE which, without guidance, has the marginals of the ODE; g(t)^2 = w = t:
+    """The reverse SDE which, without guidance, has the marginals of the ODE; diffusion w = t:
 
         dx = [v - w/2 score] dt + sqrt(w) dW,    score = -eps_hat / t,    eps_hat = x + (1 - t) v
 
-    dt < 0, dW ~ N(0, |dt|).  Weak order 1, one evaluation a step; the last step is one of Euler.
+    dt < 0, dW ~ N(0, |dt|).  Weak order 1, one evaluation per step; the last step is plain Euler.
     `noise()` draws a standard normal like x.
     """
     noise = noise or (lambda: torch.randn_like(x))
@@ -137,12 +139,11 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
     sense, FloatingPointError where the images diverge.
     """
     K, device = model.config.num_classes, next(model.parameters()).device
-    given = " ".join(str(labels).split())[:60]
-    with in_one_line(f"labels={given} must be whole numbers from 0 to {K}, the null class; "
-                     f"find_class() turns a name into one"):
-        y = torch.as_tensor(labels, device=device)
-        assert y.ndim == 1 and not y.is_floating_point() and ((0 <= y) & (y <= K)).all(), (
-            f"{y.dtype} of shape {tuple(y.shape)}")
+    y = np.asarray(torch.as_tensor(labels).cpu() if torch.is_tensor(labels) else labels)
+    if y.ndim != 1 or y.dtype.kind not in "iu" or not ((0 <= y) & (y <= K)).all():
+        given = " ".join(str(labels).split())[:60]
+        raise ValueError(f"labels={given} must be whole numbers from 0 to {K}, the null class; "
+                         f"find_class() turns a name into one")
     check_choice("sampler", sampler, SAMPLERS)
     if not steps >= 1 or not math.isfinite(cfg):
         raise ValueError(f"steps={steps} must be at least 1, and cfg={cfg} finite")
@@ -167,7 +168,7 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
                                      f"{round((1 - t) * steps)} of {steps}; try a cfg below {cfg}")
         return x
 
-    field = guided(model, y.long(), cfg, interval)
+    field = guided(model, torch.tensor(y, dtype=torch.long, device=device), cfg, interval)
 
     def velocity(x, t):
         with autocast(device):
@@ -210,16 +211,18 @@ def draw_grid(images, names, headers=None, cell=96):
     for j, header in enumerate(headers or []):
         pen.text((left + j * dx + W * zoom // 2, 12), header, "black", font, "mm")
     for k, image in enumerate(images):
-        x, y = left + k % n % 10 * dx, top + (k // n * lines + k % n // 10) * dy
+        name, j = divmod(k, n)
+        line, column = divmod(j, 10)
+        x, y = left + column * dx, top + (name * lines + line) * dy
         sheet.paste(Image.fromarray(image).resize((W * zoom, H * zoom), Image.NEAREST), (x, y))
-        if k % n == 0:
-            pen.text((left - 8, y + H * zoom // 2), names[k // n], "black", font, "rm")
+        if j == 0:
+            pen.text((left - 8, y + H * zoom // 2), names[name], "black", font, "rm")
     return sheet
 
 
 def sample_grid(model, names, options):
     """Draw --per-class images of every class into one picture."""
-    n, seen, images = options.per_class, {}, []
+    n, seen, images = options.per_class or 8, {}, []
     labels, names = np.repeat(options.classes, n), [names[c] for c in options.classes]
     starts = range(0, len(labels), options.batch)
 
@@ -263,9 +266,7 @@ def draw_trajectory(seen, images, n, names, out):
 
 
 def save_picture(path, frames):
-    """One frame as PNG; several as GIF, 0.1 s each and the last 2.5 s.  Replaces pictures only."""
-    if path.exists() and path.read_bytes()[:4] not in (b"\x89PNG", b"GIF8"):
-        raise ValueError(f"{path} is no PNG or GIF; delete it, or choose another --out")
+    """One frame as PNG; several as GIF, 0.1 s each and the last 2.5 s."""
     kind, animation = ("PNG", {}) if len(frames) == 1 else ("GIF", dict(
         save_all=True, append_images=frames[1:], loop=0,
         duration=[100] * (len(frames) - 1) + [2500]))
@@ -279,50 +280,58 @@ def save_picture(path, frames):
 def export(model, options):
     """Write --num-samples images with label i mod K: uint8 NHWC `arr_0`, labels `arr_1`.
 
-    The ranks take batches of fixed composition in turn, write them into one array on the disk, and
-    then note that they are done.  So the same command continues, with any number of ranks.
+    The ranks take batches of fixed composition in turn, write them into one file, and then mark
+    them as done in another.  To resume, run the same command, with any number of ranks.
     """
     N, K, out = options.num_samples, model.config.num_classes, options.out
     H, W = options.size or [model.config.image_size] * 2
     parts, starts = out.with_name(out.name + ".parts"), range(0, N, options.batch)
     rank, world = dist.get_rank(), dist.get_world_size()
     with locked(parts) if rank == 0 else nullcontext():
-        on_rank_0(begin_export, parts, options, (N, H, W, 3), len(starts))
-        images = np.load(parts / "images.npy", mmap_mode="r+")           # (N, H, W, 3)
-        done = np.load(parts / "done.npy", mmap_mode="r+")               # of each batch: 0 or 1
-        todo = on_rank_0(np.flatnonzero, done == 0)[rank::world]
-        with tqdm(total=len(todo) * options.evaluations, desc="exporting", disable=rank > 0) as bar:
+        todo = on_rank_0(begin_export, parts, options, (N, H, W, 3), len(starts))[rank::world]
+        with (tqdm(total=len(todo) * options.evaluations, disable=rank > 0) as bar,
+              open(parts / "images.npy", "r+b") as pixels, open(parts / "done", "r+b") as done):
+            header = pixels.seek(0, os.SEEK_END) - N * H * W * 3
             for b in todo:
                 part = np.arange(starts[b], min(starts[b] + options.batch, N))
-                images[part] = to_uint8(generate(model, part % K, part, **options.settings,
-                                                 watch=lambda *_: bar.update()))
-                images.flush()               # the images are on the disk before the note is
-                done[b] = True
-                done.flush()
+                x = generate(model, part % K, part, **options.settings,
+                             watch=lambda *_: bar.update())
+                write_at(pixels, header + starts[b] * H * W * 3, to_uint8(x).tobytes())
+                write_at(done, b, b"\1")
         dist.barrier()
         if rank == 0:
-            def write(partial):
-                with partial.open("wb") as file:
-                    np.savez(file, arr_0=images, arr_1=np.arange(N) % K)
+            def write(path):
+                with path.open("wb") as file:
+                    np.savez(file, arr_0=np.load(parts / "images.npy", mmap_mode="r"),
+                             arr_1=np.arange(N) % K)
 
             save_atomically(out, write)
-            shutil.rmtree(parts)
             print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
+    if rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def write_at(file, place, data):
+    """Write bytes at a place of an open file, and wait until they are on the disk."""
+    file.seek(place)
+    file.write(data)
+    sync(file)
 
 
 def begin_export(parts, options, shape, batches):
-    """Make the files of an export, or check that those in `parts` belong to this one."""
+    """Begin an export, or check that `parts` holds this one.  Returns the batches still to draw."""
     settings = json.dumps({**options.settings, "shape": shape, "batch": options.batch,
                            "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime,
                            "ema": options.ema, "device": options.device})
     file = parts / "settings.json"
     if not file.exists():
-        for name, size in (("images.npy", shape), ("done.npy", (batches,))):
-            np.lib.format.open_memmap(parts / name, "w+", np.uint8, shape=size)    # zeros
-        save_atomically(file, lambda partial: partial.write_text(settings))
+        np.lib.format.open_memmap(parts / "images.npy", "w+", np.uint8, shape=shape)
+        (parts / "done").write_bytes(bytes(batches))         # a byte for each: 1 is done
+        save_atomically(file, lambda path: path.write_text(settings))
     elif file.read_text(errors="replace") != settings:
         raise ValueError(f"{parts} holds an unfinished export with other settings; delete it, or "
                          f"choose another --out")
+    return [b for b, done in enumerate((parts / "done").read_bytes()) if not done]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -332,42 +341,51 @@ def begin_export(parts, options, shape, batches):
 def parse(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt", type=text, help="weights: a file, or a folder of runs [newest under runs/]")
+    add("--ckpt", type=text, help="weights: a file, or a folder of runs [newest in runs/, or ours]")
     add("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     add("--class", dest="classes", nargs="+", default=[], metavar="CLASS",
-        help="classes, by index or name [all, ten at most]")
-    add("--per-class", type=number(int, 1), default=8, help="images of each class [8]")
+        help="classes, by index or name [the first ten]")
+    add("--per-class", type=number(int, 1, 1000), help="images of each class [8]")
     add("--size", nargs=2, type=number(int, 1), metavar=("H", "W"), help="in pixels [as trained]")
-    add("--seed", type=number(int), default=0, help="of the noise [0]")
-    add("--sampler", choices=tuple(SAMPLERS), default="euler", help="[euler]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise [0]")
+    add("--sampler", choices=tuple(SAMPLERS), default="euler", help="integrator [euler]")
     add("--steps", type=number(int, 1), default=100, help="steps from t = 1 to t = 0 [100]")
     add("--cfg", type=number(float), default=2.9, help="guidance scale (App. C); 1 = off [2.9]")
     add("--interval", nargs=2, type=number(float, 0, 1), default=(0.03, 0.89),
-        metavar=("LOW", "HIGH"), help="guidance for t in it [0.03 0.89; paper: 1 - t in 0.11 0.97]")
+        metavar=("LOW", "HIGH"), help="guide only for these t; the paper counts 1 - t [0.03 0.89]")
     add("--out", type=text, help="[samples-CLASSES-SEED.png; samples.npz with --num-samples]")
     add("--trajectory", action="store_true", help="also a strip and a GIF of noise becoming images")
-    add("--num-samples", type=number(int, 1), help="export so many images, label i mod K")
+    add("--num-samples", type=number(int, 1), help="export N images, image i of class i mod K")
     add("--save-weights", type=text, help="only write the weights, as bfloat16, to this .pt file")
     add("--batch", type=number(int, 1), default=32, help="images at a time, per process [32]")
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     options = parser.parse_args(argv)
     words = ["samples", *map("class{}".format, options.classes[:9]), f"seed{options.seed}.png"]
-    options.out = Path(options.out or "samples.npz" if options.num_samples else
-                       options.out or re.sub(r"[^\w.-]+", "-", "-".join(words)))
+    default = "samples.npz" if options.num_samples else re.sub(r"[^\w.-]+", "-", "-".join(words))
+    options.out = Path(options.out or default)
     options.settings = {name: getattr(options, name) for name in (
         "seed", "size", "sampler", "steps", "cfg", "interval")}      # what generate() needs
     options.evaluations = 2 * options.steps - 1 if options.sampler == "heun" else options.steps
     if options.out.suffix != (".npz" if options.num_samples else ".png"):
         parser.error(f"--out {options.out} must end in .png, or in .npz with --num-samples")
-    if options.num_samples and (options.classes or options.trajectory):
-        parser.error("--num-samples takes all classes in turn; leave out --class and --trajectory")
+    if options.num_samples and (options.classes or options.per_class or options.trajectory
+                                or options.save_weights):
+        parser.error("--num-samples takes all classes in turn; leave out --class, --per-class, "
+                     "--trajectory and --save-weights")
+    if options.interval[0] > options.interval[1]:
+        parser.error(f"--interval {options.interval} must be LOW HIGH with LOW <= HIGH")
     if options.save_weights and not (options.ema and options.save_weights.endswith(".pt")):
         parser.error(f"--save-weights {options.save_weights} must end in .pt; it writes the "
                      f"averaged weights, so leave out --no-ema")
-    for file in (options.num_samples and options.out, options.save_weights):
-        if file and Path(file).exists():
+    for file in filter(None, (options.num_samples and options.out, options.save_weights)):
+        if Path(file).exists():
             parser.error(f"{file} exists; delete it, or choose another name")
+    trajectory = options.out.with_stem(options.out.stem + "-trajectory")
+    for path in (options.out, trajectory, trajectory.with_suffix(".gif")):
+        if path.suffix != ".npz" and path.exists() and not path.open("rb").read(4) in (
+                b"\x89PNG", b"GIF8"):
+            parser.error(f"{path} exists and is not a picture; choose another --out")
     return options
 
 
@@ -382,10 +400,10 @@ def find_class(query, classes, names):
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"--class {query!r} names the classes {found}; give one of these numbers")
+        raise ValueError(f"--class {query!r} matches several classes; give an index: {found}")
     close = difflib.get_close_matches(plain(query), names, 3, 0.4) or names[:5]
-    raise ValueError(f"--class {query!r} is unknown; near it: {', '.join(map(repr, close))}; "
-                     f"or an index from 0 to {len(names) - 1}")
+    raise ValueError(f"--class {query!r} is unknown; did you mean {', '.join(map(repr, close))}, "
+                     f"or an index from 0 to {len(names) - 1}?")
 
 
 def main():
@@ -427,7 +445,7 @@ def main():
 # Weights.  A checkpoint is a dict of builtins and tensors, which weights_only=True can open.
 
 OUR_WEIGHTS = Path(__file__).parent / "assets" / "dip-nano.pt"
-INFO = "config", "step", "classes", "names", "options"       # what is known of the weights
+INFO = "config", "step", "classes", "names", "options"       # stored beside the weights
 
 
 def load_model(path, device="cpu", ema=True):
@@ -441,18 +459,21 @@ def load_model(path, device="cpu", ema=True):
     state = read_file(path)
     with in_one_line(f"{path} is neither a checkpoint of train.py nor weights of a released DiP"):
         if "config" in state:
-            config, weights = DiPConfig(**state["config"]), state["ema" if ema else "model"]
-            info = {key: state[key] for key in INFO}
-            for key in ("classes", "names"):
-                assert [type(x) for x in info[key]] == [str] * config.num_classes, f"its {key}"
+            weights, info = state["ema" if ema else "model"], {key: state[key] for key in INFO}
+            if state["config"]["depth"] + state["config"]["head_depth"] > len(weights):
+                raise ValueError("it has too few weights for its depth")     # DiP() might never end
+            config, texts = DiPConfig(**state["config"]), info["classes"] + info["names"]
+            if len(texts) != 2 * config.num_classes or {*map(type, texts)} != {str}:
+                raise ValueError(f"classes and names are not {config.num_classes} texts each")
         else:
-            weights = {re.sub(r"^module\.|_orig_mod\.", "", name): weight
+            weights = {re.sub(r"\b(module|_orig_mod)\.", "", name): weight
                        for name, weight in state.get("state_dict", state).items()}
             prefix = "ema_denoiser." if ema else "denoiser."
             if any("denoiser." in name for name in weights):
                 weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
                            if name.startswith(prefix)}
-            assert weights, f"it has no weights named {prefix}*"
+            if not weights:
+                raise ValueError(f"it has no weights named {prefix}*")
             config, weights = from_release(weights)
             known = imagenet_names() if config.num_classes == 1000 else {}
             numbers = [f"class {k}" for k in range(config.num_classes)]
@@ -468,7 +489,7 @@ def load_model(path, device="cpu", ema=True):
 
 
 def check_finite(weights):
-    """Raise ValueError if a weight is not finite: it would silently draw black images."""
+    """Raise ValueError if a weight is not finite: it would draw black images without an error."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f"weight {name} is not finite; use an earlier checkpoint, or train "
@@ -478,21 +499,21 @@ def check_finite(weights):
 def find_checkpoint(given=None):
     """Path of a checkpoint: the file given, or the newest below the folder given or runs/, or our
     own small weights."""
-    path = Path(given or "runs")
-    if given and not path.is_dir():
+    path = Path("runs" if given is None else given)
+    if given is not None and not path.is_dir():
         return path
     newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
-    if newest is None and given:
+    if newest is None and given is not None:
         files = [str(file) for file in sorted(path.rglob("*")) if file.is_file()]
-        raise ValueError(f"no ckpt-*.pt of train.py under {path}, which holds "
-                         f"{', '.join(files[:5]) or 'no file'}; give a file of weights, or train")
+        raise ValueError(f"no ckpt-*.pt of train.py under {path}; give a file of weights, or "
+                         f"train; it holds {', '.join(files[:5]) or 'no file'}")
     return newest_intact(newest.parent) if newest else OUR_WEIGHTS
 
 
 def newest_intact(folder, verify=False):
     """Path of the last intact checkpoint of a run, or None where there is no checkpoint at all.
 
-    Names the damaged ones that it passes over.  If all are damaged, that is an error.
+    Names the damaged ones that it skips.  Raises ValueError if all are damaged.
     verify: also compare every byte with the checksums in the file, which torch.load does not do.
     """
     paths = sorted(Path(folder).glob("ckpt-*.pt"), reverse=True)
@@ -500,11 +521,13 @@ def newest_intact(folder, verify=False):
         try:
             state = read_file(path)
             with in_one_line(f"{path} is damaged"):
-                assert {*INFO, "model", "ema"} <= state.keys(), "it is no checkpoint of train.py"
-                assert not verify or not zipfile.ZipFile(path).testzip(), "a checksum is wrong"
+                if not {*INFO, "model", "ema"} <= state.keys():
+                    raise ValueError("it is not a checkpoint of train.py")
+                if verify and zipfile.ZipFile(path).testzip():
+                    raise ValueError("a checksum is wrong")
             return path
         except (ValueError, FileNotFoundError) as error:     # damaged, or dropped meanwhile
-            print(f"warning: {error}; passed over")
+            print(f"warning: {error}; skipped")
     if paths:
         raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
 
@@ -532,7 +555,8 @@ def read_file(path):
                 f"it holds {found[1]}, which may run code when opened; if you trust it: python -c "
                 f"\"import torch; torch.save(torch.load('{path}', 'cpu', weights_only=False)"
                 f"['state_dict'], 'weights.pt')\"")
-        assert isinstance(state, dict), f"it holds a {type(state).__name__}"
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
         return state
 
 
@@ -543,7 +567,7 @@ def imagenet_names():
 
 
 # -------------------------------------------------------------------------------------------------
-# What both commands stand on: random streams, blocks, files, processes, options, errors
+# Shared with train.py: random streams, blocks, files, processes, options, errors
 
 
 def random_stream(*key, device="cpu"):
@@ -559,7 +583,7 @@ def autocast(device):
 
 
 def blocks_of(model):
-    """What is compiled, or recomputed, one at a time: each Block, and each head without Blocks."""
+    """What --compile and --grad-checkpoint take one at a time: Blocks, and heads without Blocks."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     heads = [module.head for module in model.modules() if isinstance(module, PatchDetailerHead)]
     return blocks + [head for head in heads if not set(head.modules()) & set(blocks)]
@@ -571,28 +595,31 @@ def compile_blocks(model):
         block.forward = torch.compile(block.forward)
 
 
-@contextmanager
-def if_supported(what):
-    """Only warn where the file system does not know a service; other errors are errors."""
+def sync(file):
+    """Wait until what was written to an open file is on the disk.  Only warns where the file system
+    cannot do that."""
+    file.flush()
     try:
-        yield
+        os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        warnings.warn(f"this file system has no {what} ({error})")
+        warnings.warn(f"no fsync here ({error}): a power loss may damage files")
 
 
 def save_atomically(path, write):
-    """Call write(temporary path), then move the finished file into place: never half a file."""
+    """Call write(temporary path), then rename: a half-written file never has this name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
-        with partial.open("r+b") as file, if_supported("fsync: a power loss may damage files"):
-            os.fsync(file.fileno())          # its bytes are on the disk before its name is
+        with partial.open("r+b") as file:
+            sync(file)                       # its bytes are on the disk before its name is
         os.replace(partial, path)
     except RuntimeError as error:            # how torch.save reports a full disk
+        if "DataLoader" in str(error):       # a loader was killed meanwhile
+            raise
         raise OSError(f"{path} could not be written; is the disk full? ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -600,39 +627,41 @@ def save_atomically(path, write):
 
 @contextmanager
 def locked(folder):
-    """Inside, this process alone writes into the folder.  The system's lock ends with the process,
-    however that ends; loader processes do not inherit it."""
+    """Hold the system's lock on a folder, so that one process alone writes into it.  The lock ends
+    with the process, however that ends; loader processes do not inherit it."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-    except ImportError:                                      # no such lock on Windows
+    except ImportError:                      # Windows has no such lock
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        with if_supported("locks: do not start a second run there"):
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(f"{folder}: another process is writing there; wait for its end, "
-                                 f"or choose another --out") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another process is writing there; wait until it ends, or "
+                             f"choose another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f"{folder}: no locks here ({error}); do not start a second run there")
         yield
 
 
-def is_of_the_system(error):
-    """Whether reading failed for a reason that is not in the file, such as I/O or memory."""
-    return (isinstance(error, MemoryError) or "out of memory" in str(error)
-            or "allocate memory" in str(error) or getattr(error, "errno", None) in (
-                errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-                errno.ESTALE))
+def is_system_error(error):
+    """Whether reading failed for a reason that is not in the file: memory, I/O, permissions."""
+    return (isinstance(error, MemoryError)
+            or bool(re.search("out of memory|can't allocate memory", str(error)))
+            or getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EINVAL))
 
 
 @contextmanager
 def in_one_line(message):
-    """Report any error from a bad file in one line.  Errors of the system stay as they are."""
+    """Report any error from a bad file in one line.  System errors pass through."""
     try:
         yield
     except Exception as error:
-        if is_of_the_system(error):
+        if is_system_error(error):
             raise
         line = " ".join(str(error).split())[:400] or type(error).__name__
         raise ValueError(f"{message} ({line})") from None
@@ -648,14 +677,15 @@ def start_processes(device="auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.ones(1, device=device).item()                  # fails if it is absent, or "meta"
-    except Exception as error:                               # of a type for each kind of device
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    except Exception as error:               # each backend raises its own type
+        raise ValueError(f"--device {device}: {' '.join(str(error).split())[:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         nccl = device.startswith("cuda") and not alone
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **dict(
-            store=dist.HashStore(), rank=0, world_size=1) if alone else {})
+        store = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **store,
+                                timeout=timedelta(hours=2))  # others wait while rank 0 saves
     return torch.device(device)
 
 
@@ -693,29 +723,32 @@ def text(value):
 
 def number(kind, low=-math.inf, high=math.inf):
     """An argparse type: a finite int or float from low to high."""
-    def number(value):
-        if not low <= kind(value) <= high or math.isinf(kind(value)):
-            raise argparse.ArgumentTypeError(f"{value} must be finite, from {low} to {high}")
+    def number(value):                       # argparse prints this name
+        if not low <= kind(value) <= high or kind(value) in (math.inf, -math.inf):
+            raise argparse.ArgumentTypeError(f"{value:.40} must be finite, from {low} to {high}")
         return kind(value)
 
     return number
 
 
-ADVICE = {                                   # a pattern in torch's errors: what the user can do
+ADVICE = {                                   # a pattern in an error: what the user can do
     "shared memory|Bus error": "out of shared memory: fewer --workers, or docker's --shm-size",
     "DataLoader worker": "a loader process was killed; out of memory? Fewer --workers",
-    "out of memory|allocate|^MemoryError":
+    "out of memory|can't allocate|Unable to allocate|^MemoryError":
         "out of memory: a smaller --micro-batch (training) or --batch (sampling)",
-    "compiler|[Tt]riton": "--compile needs a C++ compiler; leave it out, or set CXX",
+    "No working C\\+\\+ compiler|InvalidCxxCompiler|Cannot find a working triton":
+        "--compile needs a compiler; leave it out, or set CXX",
     "[Cc]onnection (closed|reset)": "another process of this command has ended",
 }
 
 
 def explain(error):
-    """One line for an error that the user can mend; None for one that nobody expected."""
+    """One line for an error that the user can fix; None for one that nobody expected."""
+    if isinstance(error, (EOFError, ConnectionError)):       # reading from a loader process
+        error = RuntimeError(f"DataLoader worker: {error!r}")
     lines = (str(error).strip() or type(error).__name__).splitlines()
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]     # from a loader process
-    line = line.removeprefix(f"{type(error).__name__}: ")[:500]
+    line = line.removeprefix(f"{type(error).__name__}: ")[:400]
     if isinstance(error, (RuntimeError, MemoryError)):
         return next((f"{advice} ({line})" for pattern, advice in ADVICE.items()
                      if re.search(pattern, "\n".join(lines))), None)
@@ -727,25 +760,30 @@ def run(main):
     or 1 after an error."""
     torch.set_flush_denormal(True)           # subnormal numbers make a CPU slow
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
-        mallopt(-1, -1)                      # glibc returns freed memory, and every step asks for
-        mallopt(-4, 0)                       # it again: a tenth of the small model's time
+        mallopt(-1, -1)                      # M_TRIM_THRESHOLD: glibc keeps freed memory,
+        mallopt(-4, 0)                       # M_MMAP_MAX: a tenth of the small model's time
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # a console may lack a class's letters
+    code = 1
     try:
         code = main() or 0
+    except SystemExit as error:              # --help
+        code = error.code or 0
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        code = 1
+        if hasattr(signal, "SIGCHLD"):       # torch raises here what a killed loader means
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if line := explain(error):
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         else:
             traceback.print_exc()
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)                           # what is left of a process group might hang
+    finally:                                 # leftover threads of a process group may hang
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

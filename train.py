@@ -9,10 +9,11 @@ Train a DiP.
         train.py --data IMAGENET
 
 To resume, run the same command again.  Image, flip, time, noise and label dropout of example k
-depend on (seed, k) alone, not on the number of processes, micro-batches or workers; results agree
-up to the order of sums.  A run writes ckpt-*.pt, log.jsonl, loss.png and samples-*.png into --out.
-A signal such as SIGTERM or Ctrl-C finishes the step, saves a checkpoint and ends the run; give
-torchrun --shutdown-timeout 300 for large ones.  An update that is not finite is skipped.
+depend on (seed, k) and the kind of device alone, not on the number of processes, micro-batches or
+workers; results agree up to the order of sums.  A run writes ckpt-*.pt, log.jsonl, loss.png and
+samples-*.png into --out, which all nodes must share.  On SIGTERM or Ctrl-C it finishes the step,
+saves and exits; give torchrun --shutdown-timeout 300 for large models.  An update with a gradient
+that is not finite is skipped.  In --help, [a; b] means b for DiP-Nano/16, a for other presets.
 """
 
 import copy
@@ -29,12 +30,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -46,7 +46,7 @@ from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, drop_labels, flow_matc
                  logit_normal_time)
 from fid import list_images, read_image
 from sample import (Parser, autocast, blocks_of, check_finite, compile_blocks, draw_grid, generate,
-                    imagenet_names, in_one_line, is_of_the_system, load_model, locked,
+                    imagenet_names, in_one_line, is_system_error, load_model, locked,
                     newest_intact, number, on_rank_0, random_stream, read_file, run,
                     save_atomically, start_processes, text, to_uint8)
 
@@ -55,8 +55,8 @@ from sample import (Parser, autocast, blocks_of, check_finite, compile_blocks, d
 
 PAPER = dict(steps=1_600_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0.0,
              time_mean=0.0)                  # Table 4; steps: 320 epochs of ImageNet
-MINUTES = dict(steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.8)
-RECIPES = {"DiP-Nano/16": MINUTES}           # every other preset: the paper's
+NANO = dict(steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.8)
+RECIPES = {"DiP-Nano/16": NANO}           # every other preset: the paper's
 
 
 def parse(argv=None):
@@ -68,26 +68,30 @@ def parse(argv=None):
         help=f"{', '.join(PRESETS)} [DiP-XL/16 with CUDA and --data, else DiP-Nano/16]")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="other fields of DiPConfig, such as head=mlp depth=4")
-    add("--init", type=text, metavar="FILE", help="begin with these weights: ours or the authors'")
-    add("--repa", metavar="ENCODER", help="align tokens with an encoder, such as dinov2_vitb14")
-    add("--repa-repo", default="facebookresearch/dinov2", help="its torch.hub repository or folder")
+    add("--init", type=text, metavar="FILE", help="start from these weights: ours or the authors'")
+    add("--repa", type=text, metavar="ENCODER",
+        help="align tokens with an encoder, such as dinov2_vitb14")
+    add("--repa-repo", type=text, default="facebookresearch/dinov2",
+        help="the encoder's torch.hub repository")
     add("--repa-source", default="github", choices=("github", "local"), help="local: a folder")
-    add("--steps", type=number(int, 1), help="updates [1600000; Nano: 3500]")
-    add("--batch-size", type=number(int, 1), help="images an update, of all processes [256; 16]")
-    add("--micro-batch", type=number(int, 1), help="images at once in a process [at most 32]")
+    add("--steps", type=number(int, 1), help="updates [1600000; 3500]")
+    add("--batch-size", type=number(int, 1), help="images per update, over all processes [256; 16]")
+    add("--micro-batch", type=number(int, 1), help="images at once per process [at most 32]")
     add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
-    add("--warmup", type=number(int, 0), help="steps in which lr rises [0; 50]")
-    add("--cooldown", type=number(float, 0, 1), help="last fraction, where lr falls [0; 0.3]")
-    add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: any [1]")
-    add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the average [0.9999]")
+    add("--warmup", type=number(int, 0), help="steps over which lr rises [0; 50]")
+    add("--cooldown", type=number(float, 0, 1), help="final fraction, where lr falls [0; 0.3]")
+    add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none [1]")
+    add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the EMA [0.9999]")
     add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.8]")
-    add("--label-dropout", type=number(float, 0, 0.99), default=0.1, help="for guidance [0.1]")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order, noise [0]")
+    add("--label-dropout", type=number(float, 0, 0.99), default=0.1,
+        help="fraction of labels dropped, for guidance [0.1]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order and noise [0]")
     add("--out", type=text, metavar="DIR", help="folder of the run [runs/MODEL-SIZE]")
     add("--log-every", type=number(int, 1), default=50, help="steps between lines of the log [50]")
-    add("--sample-every", type=number(int, 0), help="steps between pictures; 0: none [five a run]")
-    add("--save-every", type=number(int, 1), help="steps between checkpoints [five a run]")
-    add("--keep", type=number(int, 1), default=2, help="newest checkpoints kept [2]")
+    add("--sample-every", type=number(int, 0),
+        help="steps between pictures and validation; 0: none [1/5 of the run, 250 to 10000]")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints [the same]")
+    add("--keep", type=number(int, 1), default=2, help="number of checkpoints kept [2]")
     add("--workers", type=number(int, 0), help="loader processes [8 with CUDA and --data, else 0]")
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")
@@ -115,29 +119,33 @@ def configure(options, device, inherited=None):
         try:
             changes[field] = fields[field](value)
         except ValueError:
-            raise ValueError(f"--set {pair}: {field} is a whole number") from None
+            raise ValueError(f"--set {pair}: {field} must be a whole number") from None
     if changes.get("head", config.head) != config.head:      # another head has its own default size
         changes = {"head_width": 0, "head_depth": 0, **changes}
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
     recipe = dict(RECIPES.get(name, PAPER))
     if name in RECIPES and config.image_size > 64:           # fewer images: steps stay short
         images = max(4, 16 * 64**2 // config.image_size**2)
-        recipe["batch_size"] = images + -images % world
+        recipe["batch_size"] = images + -images % world      # a multiple of the processes
     steps = options.steps or recipe["steps"]
     recipe["warmup"] = min(recipe["warmup"], steps // 10)
     every = min(10_000, max(250, steps // 5))
-    folder = "-".join([name or "init", *options.set, str(config.image_size)])
+    words = filter(None, [options.init and "init", name, *options.set, str(config.image_size)])
+    folder = "runs/" + re.sub(r"[^\w.-]+", "-", "-".join(words))
     defaults = dict(recipe, image_size=config.image_size, sample_every=every, save_every=every,
-                    workers=8 if large else 0, out="runs/" + re.sub(r"[^\w.-]+", "-", folder))
+                    workers=8 if large else 0, out=folder)
     for option, value in defaults.items():
         if getattr(options, option) is None:
             setattr(options, option, value)
     part, rest = divmod(options.batch_size, world)
-    options.micro_batch = options.micro_batch or max(
-        n for n in range(1, 33) if part % n == 0)
+    if options.micro_batch is None:
+        options.micro_batch = max(n for n in range(1, 33) if part % n == 0)
+        if options.micro_batch < min(8, part) and dist.get_rank() == 0:
+            print(f"note: {part} images per process have no larger divisor up to 32 than "
+                  f"{options.micro_batch}, which is slow; choose another --batch-size")
     if rest or part % options.micro_batch or not part:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {world} "
-                         f"processes x --micro-batch {options.micro_batch}")
+                         f"processes x --micro-batch {options.micro_batch}; choose a multiple")
     if options.warmup >= options.steps:
         raise ValueError(f"--warmup {options.warmup} must be below --steps {options.steps}")
     return config
@@ -159,8 +167,8 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
     device, config = next(model.parameters()).device, model.config
     losses = torch.zeros(3, BINS, device=device)
     count = options.batch_size // (dist.get_world_size() * options.micro_batch)
-    for k in range(count):
-        # a micro-batch: images, labels, and every example's own random numbers
+    for i in range(count):
+        # a micro-batch: z ~ N(0, 1) becomes t, u ~ U(0, 1) drops labels, examples are indices
         pixels, y, z, u, examples = next(batches)
         x_0 = to_model(pixels, device)                                   # (B, 3, H, W) in [-1, 1]
         y, z, u = (part.to(device, non_blocking=True) for part in (y, z, u))         # (B,) each
@@ -168,7 +176,7 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
         t = logit_normal_time(z, options.time_mean)                      # (B,)
         y = drop_labels(y, u, config.num_classes, options.label_dropout)
 
-        net.require_backward_grad_sync = k == count - 1      # DDP sums the gradients once a step
+        net.require_backward_grad_sync = i == count - 1      # DDP sums the gradients once a step
         with autocast(device):
             features = encoder(x_0) if encoder else None                 # (B, repa_dim, h, w)
             flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)         # (B,) each
@@ -182,7 +190,7 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
     if norm.isfinite():                                      # the same on all ranks
         optimizer.step()
-        # the average warms up: a short run averages over about its last tenth
+        # ema += (1 - decay) (model - ema); a short run averages over about its last tenth
         decay = min(options.ema, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
     optimizer.zero_grad()
@@ -195,8 +203,8 @@ def to_model(pixels, device):
 
 
 def draw_noise(x_0, seed, purpose, examples):
-    """eps of Eq. (6) like x_0 (B, 3, H, W).  That of example k depends on (seed, purpose, k).  It
-    is drawn on the device, so that it need not be copied there."""
+    """eps of Eq. (6) like x_0 (B, 3, H, W).  Example k's depends on (seed, purpose, k).  It is
+    drawn on the device, so that it need not be copied there."""
     noise = torch.empty(x_0.shape, device=x_0.device)
     for row, k in zip(noise, examples.tolist()):
         row.normal_(generator=random_stream(seed, purpose, k, "noise", device=x_0.device))
@@ -216,13 +224,10 @@ def by_time(t, flow, repa):
 MAX_SKIPPED = 10         # updates in a row that may be not finite
 
 
-def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None):
-    """Train a fresh model, or the newest checkpoint in --out, to --steps or to a signal.  Returns
-    (EMA of the model, steps done).
-
-    look(out, step, ema, data, val_data, options) draws the pictures, every --sample-every steps.
-    """
-    out, rank, look = Path(options.out), dist.get_rank(), look or write_pictures
+def fit(model, options, data, val_data=None, encoder=None, signals=()):
+    """Train the model, or the newest checkpoint in --out, until --steps, or until `signals` holds
+    one (noted_signals).  Returns (EMA of the model, steps done)."""
+    out, rank = Path(options.out), dist.get_rank()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
     first, unlogged = resume(model, ema, optimizer, options, data)
@@ -238,7 +243,8 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
             unlogged, skipped = unlogged + losses.cpu(), 0
         else:
             skipped = report_skipped(out, step + 1, skipped + 1, losses.cpu())
-        done, last, stop = step + 1, step + 1 == options.steps, total(len(signals)) > 0
+        done, last = step + 1, step + 1 == options.steps
+        stop = total(len(signals)) > 0                       # a signal to one rank stops all
         log = last or done % options.log_every == 0
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
@@ -255,12 +261,15 @@ def fit(model, options, data, val_data=None, encoder=None, signals=(), look=None
             if save:                                         # before pictures: they take long
                 save_checkpoint(model, ema, optimizer, options, data, done, unlogged)
             if sample and not stop:
-                look(out, done, ema, data, val_data, options)
+                try:
+                    write_pictures(out, done, ema, data, val_data, options)
+                except FloatingPointError as error:          # of an early or diverging model
+                    tqdm.write(f"warning: no samples at step {done}: {error}", file=sys.stderr)
             if sample or save:
-                since, clock = done, time.time()             # the speed is that of training alone
+                since, clock = done, time.time()             # speed: of training alone
         if stop:
             break
-    dist.barrier()                                           # nobody leaves before it is saved
+    dist.barrier()                                           # no rank exits before it is saved
     return ema, done
 
 
@@ -272,14 +281,14 @@ def total(value):
 
 
 def prepare(model, options):
-    """The model as it is trained: compiled and recomputed block by block, and within DDP."""
+    """Compile and checkpoint block by block, and wrap in DDP."""
     if options.compile:
         compile_blocks(model)
     for block in blocks_of(model) if options.grad_checkpoint else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if dist.get_world_size() == 1:
         return model
-    # with --compile the border of a bucket cuts a graph in two: few, large buckets
+    # with --compile, each border of a bucket splits a graph: use few, large buckets
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
@@ -293,7 +302,7 @@ def save_checkpoint(model, ema, optimizer, options, data, step, unlogged):
     save_atomically(path, lambda partial: torch.save(state, partial))
     saved = [file for file in sorted(path.parent.glob("ckpt-*.pt")) if file <= path]
     for old in saved[:-options.keep]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
 def identity(model, options, data):
@@ -315,12 +324,14 @@ def resume(model, ema, optimizer, options, data):
         then, now = state["run"], identity(model, options, data)
         differ = [f"{key}={then.get(key)!s:.60} there, {now[key]!s:.60} here"
                   for key in now if then.get(key) != now[key]]
-        assert not differ, "; ".join(differ)
+        if differ:
+            raise ValueError("; ".join(differ))
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        moments = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}
-        optimizer.load_state_dict(moments)   # lr and the like stay those of the options
-        step, unlogged = state["step"], state["unlogged"] * (rank == 0)      # the sum of all ranks
+        moments = copy.deepcopy(state["optimizer"]["state"])             # leaves the mapped file
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        step = state["step"]
+        unlogged = torch.zeros(3, BINS) + state["unlogged"] * (rank == 0)    # the sum of all ranks
         old = state["options"]
     if rank == 0:
         clean(out, step)
@@ -341,7 +352,7 @@ def clean(out, step):
 
 @contextmanager
 def noted_signals():
-    """Inside, a signal that ends a job is only noted, and the loop ends itself after a whole step.
+    """Inside, a signal that ends a job is only noted, and the loop stops after the current step.
     The same signal again, more than a second later, ends the process at once."""
     noted = {}
 
@@ -369,7 +380,7 @@ def report_skipped(out, step, skipped, losses):
     flow = total(losses)[0]
     where = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)
              if not flow[k].isfinite()]
-    what = f"the loss for t in {', '.join(where)}" if where else "the gradient, and no loss,"
+    what = f"the loss for t in {', '.join(where)}" if where else "the gradient"
     if dist.get_rank() == 0:
         tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
         write_log(out, step=step, skipped=what)
@@ -380,7 +391,7 @@ def report_skipped(out, step, skipped, losses):
 
 
 def start_from(model, given, path):
-    """Copy the weights of --init.  A label table of other classes stays new, except for the null
+    """Copy the weights of --init.  A label table of another size stays new, except for the null
     class; so does a projector of REPA for another encoder."""
     fresh, weights = model.state_dict(), given.state_dict()
     if given.config.num_classes != model.config.num_classes:
@@ -390,8 +401,9 @@ def start_from(model, given, path):
                   f"{model.config.num_classes}; the null class is kept")
     if given.config.repa_dim != model.config.repa_dim:
         weights = {name: w for name, w in weights.items() if not name.startswith("repa_projector.")}
+    new = {name: w for name, w in fresh.items() if name.startswith(("label.", "repa_projector."))}
     with in_one_line(f"--init {path} does not fit the model"):
-        model.load_state_dict({**fresh, **weights})
+        model.load_state_dict({**new, **weights})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -414,25 +426,25 @@ def validate(model, data, batch=50, limit=500):
     device, count = next(model.parameters()).device, min(limit, len(data))
     examples, losses = Examples(data, 0, "val"), torch.zeros(3, BINS)
     for start in tqdm(range(0, count, batch), "validating", leave=False):
-        pixels, y, z, _, k = default_collate(
+        pixels, y, z, _, indices = default_collate(
             [examples[k] for k in range(start, min(start + batch, count))])
         x_0, t = to_model(pixels, device), logit_normal_time(z.to(device))
         with autocast(device):
             losses += by_time(t, *flow_matching_loss(model, x_0, y.to(device), t,
-                                                     draw_noise(x_0, 0, "val", k))).cpu()
+                                                     draw_noise(x_0, 0, "val", indices))).cpu()
     return losses
 
 
 def write_pictures(out, step, ema, data, val_data, options):
-    """Validation loss into the log; samples-<step>.png, a class a row; loss.png.
+    """Log the validation loss; draw samples-<step>.png, a row per class, and loss.png.
 
-    The samples are drawn in a hurry: 20 steps, where sample.py takes 100, and fewer images where
-    they are large and the device is a CPU."""
+    The samples are quick ones: 20 steps, where sample.py takes 100, and fewer images where they are
+    large and the device is a CPU."""
     if val_data:
         losses = validate(ema, val_data, min(50, options.micro_batch))
         write_log(out, step=step, **mean_losses(losses, "val_"))
-    large = next(ema.parameters()).device.type == "cpu" and ema.config.image_size > 64
-    rows, columns, steps = (4, 1, 10) if large else (10, 5, 20)
+    slow = next(ema.parameters()).device.type == "cpu" and ema.config.image_size > 64
+    rows, columns, steps = (4, 1, 10) if slow else (10, 5, 20)
     count = min(rows, len(data.names))
     classes = [k * len(data.names) // count for k in range(count)]       # evenly among many
     images = [to_uint8(generate(ema, [c] * columns, range(k * columns, (k + 1) * columns),
@@ -444,7 +456,7 @@ def write_pictures(out, step, ema, data, val_data, options):
 
 
 def write_log(out, **line):
-    """Append a line to log.jsonl; what is not finite becomes null."""
+    """Append a line to log.jsonl; numbers that are not finite become null."""
     line = {key: None if isinstance(x, float) and not math.isfinite(x) else x
             for key, x in line.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -467,12 +479,12 @@ def read_log(out):
 def draw_losses(out, time_mean):
     """loss.png: losses of training and of validation, a panel each because they draw t differently,
     and both by t at the last step."""
-    matplotlib.use("Agg")
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure = Figure((11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
     by_t = panels[2]
     for axes, key, name, colour in (
-            (panels[0], "loss", f"training, logit t around {time_mean:g}", "C0"),
-            (panels[1], "val_loss", "validation, EMA, logit t around 0", "C1")):
+            (panels[0], "loss", f"training, mean logit t = {time_mean:g}", "C0"),
+            (panels[1], "val_loss", "validation, EMA, mean logit t = 0", "C1")):
         lines = [line for line in read_log(out) if line.get(key) is not None]
         axes.set(title=name, xlabel="step")
         if lines:
@@ -493,7 +505,6 @@ def draw_losses(out, time_mean):
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3, which="both")
     save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -533,7 +544,7 @@ def load_batches(options, data, first_step):
     return iter(DataLoader(
         Examples(data, options.seed), num_workers=options.workers, worker_init_fn=ignore_signals,
         batch_sampler=(range(k, k + options.micro_batch) for k in starts),
-        pin_memory=torch.cuda.is_available()))
+        pin_memory=options.device != "cpu" and torch.cuda.is_available()))
 
 
 def ignore_signals(worker):
@@ -546,7 +557,8 @@ def ignore_signals(worker):
 # -------------------------------------------------------------------------------------------------
 # Images from a folder
 
-SPLITS = "train", "training", "val", "valid", "validation", "test", "testing"
+SPLIT = re.compile(                          # seg_train, Validation, test_images, val2017
+    r"(?:\w+[-_ ])?(train|val|test)(?:ing|id|idation)?(?:[-_ ]?(?:set|data|images))?\d*", re.I)
 LAYOUTS = "train/<class>/*.jpg with val/<class>/*.jpg, or <class>/*.jpg, or *.jpg"
 
 
@@ -554,8 +566,8 @@ class ImageFolder:
     """<root>/<class>/**/*.jpg: classes are the sorted folder names, labels their positions; or
     <root>/*.jpg, one class.  Raises ValueError for any other layout.
 
-    An unreadable image is named in a warning, once, and the next readable one stands in for it.
-    More than one, and more than 1 % of what a process has read, is an error.
+    Warns once of each unreadable image and uses the next one instead.  More than one, and more
+    than 1 % of what a process has read, is an error.
     """
 
     flip = True
@@ -568,22 +580,20 @@ class ImageFolder:
                          if path.is_dir() and path.name[0] != ".")
         loose = [parts[0] for parts in inside if len(parts) == 1]
         empty = set(folders) - {parts[0] for parts in inside}
-        split = next((parts[:n + 1] for parts in inside for n, part in enumerate(parts[:-1])
-                      if part.lower() in SPLITS), None)
+        names = {part for parts in inside for part in parts[:-1]}
+        splits = {found[1].lower(): found[0] for found in map(SPLIT.fullmatch, sorted(names))
+                  if found}                  # one alone, such as bullet_train, may be a class
         deep = {parts[1] for parts in inside if len(parts) > 2}
-        words = {*re.split("[^a-z]+", " ".join(folders).lower())} & {*SPLITS}
         if not self.files:
             problem = "no images"
-        elif split:
-            problem = f"{'/'.join(split)}/, the name of a split, where a class should be"
-        elif len(words) > 1:                 # bullet_train alone may be a class
-            problem = f"splits ({', '.join(sorted(words))}) among folders: {', '.join(folders[:3])}"
+        elif len(splits) > 1:
+            problem = f"splits where classes should be: {', '.join(splits.values())}"
         elif loose and folders:
             problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
         elif empty:
             problem = f"folders without images: {', '.join(sorted(empty)[:5])}"
-        elif (self.root / "dataset.json").exists() or all(
-                name.isdecimal() and len(name) >= 5 for name in folders) and folders:
+        elif (self.root / "dataset.json").exists() or (folders and all(  # EDM, FFHQ
+                name.isdecimal() and len(name) >= 5 for name in folders)):
             problem = f"numbered folders, which are no classes: {', '.join(folders[:3])}"
         elif len(folders) == 1 and len(deep) > 1 and all(len(parts) > 2 for parts in inside):
             problem = f"one folder of folders: give {self.root / folders[0]} itself?"
@@ -592,7 +602,7 @@ class ImageFolder:
         if problem:
             raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
         named = self.root.resolve()          # flat DIR/train and DIR/val are both of class DIR
-        self.classes = folders or [(named.parent if named.name in SPLITS else named).name]
+        self.classes = folders or [(named.parent if named.name in ("train", "val") else named).name]
         self.labels = [folders.index(parts[0]) if folders else 0 for parts in inside]
         known = imagenet_names()
         self.names = [known.get(name, name) for name in self.classes]
@@ -608,7 +618,7 @@ class ImageFolder:
             try:
                 return read_image(self.files[i], self.size), self.labels[i]
             except Exception as error:       # a broken file may raise anything
-                if is_of_the_system(error):
+                if is_system_error(error):
                     raise
                 if i not in self.bad:
                     tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
@@ -690,8 +700,8 @@ def main():
     device = start_processes(options.device)
     rank = dist.get_rank()
     given, info = load_model(options.init) if options.init else (None, None)
-    config = configure(options, device, given and (
-        given.config, info["options"].get("model", "")))
+    inherited = (given.config, info["options"].get("model", "")) if given else None
+    config = configure(options, device, inherited)
     out = Path(options.out)
     if options.data and out.resolve().is_relative_to(Path(options.data).resolve()):
         raise ValueError(f"--out {out} is inside --data {options.data}: its pictures would become "
@@ -704,7 +714,7 @@ def main():
     if given:
         start_from(model, given, options.init)
         del given
-    with locked(out) if rank == 0 else nullcontext(), noted_signals() as signals:
+    with (locked(out) if rank == 0 else nullcontext()), noted_signals() as signals:
         if rank == 0:
             weights = sum(p.numel() for p in model.parameters()) / 1e6
             print(f"{options.model or options.init}: {weights:.2f} M weights, on "
@@ -718,14 +728,13 @@ def main():
         _, done = fit(model, options, data, val_data, encoder, signals)
     if done < options.steps:
         if rank == 0:
-            print(f"stopped by a signal after step {done}; the same command continues")
+            print(f"stopped by a signal after step {done}; run the same command to continue")
         return 128 + max(signals, default=signal.SIGTERM)    # as shells do
     if rank == 0:
-        ckpt = "" if out.parts[:1] == ("runs",) else f" --ckpt {shlex.quote(str(out))}"
         pictures = [str(path) for path in (out / f"samples-{done:08d}.png", out / "loss.png")
                     if path.exists()]
         print(f"done: {out} is at step {done}; look at {' and '.join(pictures) or out}; next:\n"
-              f"    python sample.py{ckpt} --class 0")
+              f"    python sample.py --ckpt {shlex.quote(str(out))} --class 0")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -745,7 +754,7 @@ PALETTES = np.array([    # RGB of background, dark, light
 
 
 def signed_distance(shape, x, y):
-    """Distance to the outline of a shape of radius about 1, negative inside.  x, y (H, W)"""
+    """About the distance to the outline of a shape of radius 1, negative inside.  x, y (H, W)"""
     if shape == "disc":
         return np.hypot(x, y) - 1
     if shape == "ring":

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,43 @@ def error_line(monkeypatch, module, *words):
 # --- processes of their own -----------------------------------------------------------------------
 
 
+STARTED = []             # leaders of sessions, which end_all() ends
+
+
 def launch(script, *words, processes=1, agent=None, **settings):
     """`python script words`, or the same under torchrun, in the background: a subprocess.Popen."""
     agent = agent or "--standalone" * (processes > 1)
     start = f"-m torch.distributed.run {agent} --nproc_per_node={processes}" if agent else ""
     command = shlex.split(" ".join(map(str, (start, ROOT / script, *words))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if start else None
-    return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, env=environment,
-                            stderr=subprocess.PIPE, text=True, **settings)
+    settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **settings.get("env", {})}
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True, **settings)
+    STARTED.append(process.pid)
+    return process
+
+
+def outcome(process, seconds=120):
+    """Wait for the end of launch(); returns its exit code and the texts of stdout and stderr."""
+    try:
+        texts = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        end_group(process.pid)
+        raise AssertionError(f"not ended in {seconds} s: {process.communicate()}") from None
+    end_group(process.pid)
+    return process.returncode, *texts
+
+
+def end_group(leader):
+    """Kill a process that a test started, if it lives, and what is left of its children."""
+    if leader in STARTED:
+        STARTED.remove(leader)
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+
+
+def end_all():
+    for leader in [*STARTED]:
+        end_group(leader)
 
 
 class Background:
@@ -77,6 +107,7 @@ class Background:
             {name: str(value) for name, value in ranks.items()}, str(cwd), first))
         self.process.start()
         self.pid = self.process.pid
+        STARTED.append(self.pid)
 
     def is_alive(self):
         return self.process.is_alive()
@@ -84,7 +115,9 @@ class Background:
     def end(self, seconds=120):
         """Wait for its end; returns its exit code and the texts of stdout and stderr."""
         self.process.join(seconds)
-        assert not self.is_alive(), f"still running after {seconds} s: {self.texts()}"
+        alive = self.is_alive()
+        end_group(self.pid)
+        assert not alive, f"not ended in {seconds} s: {self.texts()}"
         return self.process.exitcode, *self.texts()
 
     def texts(self):

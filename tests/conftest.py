@@ -1,6 +1,8 @@
+import signal
+
 import pytest
 import torch
-from commands import TINY, run
+from commands import TINY, end_all, run
 from hypothesis import settings
 
 import train
@@ -10,6 +12,23 @@ torch.set_num_threads(1)                                     # two are slower on
 start_processes("cpu")                                       # as every command does first
 settings.register_profile("any machine", deadline=None)      # laws are not timed
 settings.load_profile("any machine")
+
+
+LIMIT = 300              # seconds of one test: a deadlock fails, and the next test begins
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    def too_long(*_):
+        raise TimeoutError(f"this test has not ended in {LIMIT} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        end_all()
 
 
 def pytest_addoption(parser):

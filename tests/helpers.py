@@ -1,13 +1,14 @@
-"""What several chapters need: small networks with nothing left at zero, and damaged files."""
+"""What several chapters need: small networks, the layout of the release, damaged files."""
 
+import zlib
 from contextlib import contextmanager
 
-import literal
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 
+import dip
 from dip import DiP, DiPConfig, patchify
 
 SMALL = DiPConfig(image_size=16, patch_size=4, hidden_size=16, depth=3, num_heads=2,
@@ -36,7 +37,7 @@ def shake(module, seed=0):
 
 
 def awake(config, seed=0):
-    """A model whose every parameter is moved off its start: a term that a zero hides is seen."""
+    """A model with every parameter moved off its start: no zero hides a term."""
     torch.manual_seed(seed)
     return shake(DiP(config), seed)
 
@@ -51,11 +52,12 @@ def batch(config, B=2, size=None, seed=0):
 
 @contextmanager
 def float64():
-    """Everything inside is computed in float64, also what the network insists on in float32: then a
+    """Everything inside is computed in float64, even what the network insists on in float32.  So a
     wrong term cannot hide behind rounding."""
-    before = torch.get_default_dtype()
+    before, frequencies = torch.get_default_dtype(), dip.time_frequencies
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(dip, "time_frequencies", lambda device: frequencies(device, torch.float64))
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -76,7 +78,7 @@ def configurations(draw, heads=("none", "unet", "mlp", "coordinate", "attention"
     width = draw(st.integers(1, 5))
     width = {"none": 0, "attention": 16 * min(width, 2)}.get(head, width)
     return DiPConfig(**dict(
-        image_size=2 * P, patch_size=P, num_heads=num_heads,
+        image_size=P * draw(st.integers(1, 2)), patch_size=P, num_heads=num_heads,
         hidden_size=4 * num_heads * draw(st.integers(1, 3)),
         depth=draw(st.integers(1 if placement == "post-hoc" else 2, 4)),
         num_classes=draw(st.integers(1, 4)), head=head, head_width=width,
@@ -84,26 +86,6 @@ def configurations(draw, heads=("none", "unet", "mlp", "coordinate", "attention"
         head_input=draw(st.sampled_from(["patch", "image"])) if head == "unet" else "patch",
         prediction=draw(st.sampled_from(["v", "x"])), repa_dim=draw(st.sampled_from([0, 6])),
     ) | fixed)
-
-
-def assert_is_its_formula(config, rows, columns, B, seed):
-    """The network and its literal reading give the same velocity and the same aligned tokens.
-
-    1e-6: the frequencies of time are float32 in either precision.
-    """
-    size = config.patch_size * rows, config.patch_size * columns
-    with float64(), torch.no_grad():
-        model = awake(config, seed)
-        x, t, y = batch(config, B, size, seed)
-        answer = model(x, t, y, align=bool(config.repa_dim))
-    v, tokens = answer if config.repa_dim else (answer, None)
-    w = literal.weights_of(model)
-    for b in range(B):
-        slow, aligned = literal.dip(w, config, x[b].numpy(), t[b].item(), y[b].item())
-        torch.testing.assert_close(v[b], torch.tensor(slow), rtol=1e-6, atol=1e-6)
-        if config.repa_dim:
-            aligned = torch.tensor(np.array(aligned).T.reshape(-1, rows, columns))
-            torch.testing.assert_close(tokens[b], aligned, rtol=1e-6, atol=1e-6)
 
 
 def influence(f, x, P):
@@ -116,6 +98,63 @@ def influence(f, x, P):
         moved[:, :, row : row + P, column : column + P] += 1
         changed[:, j] = (patchify(f(moved), P) - before).abs().amax(dim=(0, 2, 3, 4)) > 1e-6
     return changed
+
+
+def release_shapes(D=8, heads=2, depth=2, classes=3, P=16, C=64):
+    """{name in the authors' state dict: shape}.  C: channels of the head's first stage"""
+    hidden, shapes = 8 * D // 3, {}
+
+    def layer(name, *shape):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    layer("s_embedder.proj", D, 3 * P * P)
+    layer("t_embedder.mlp.0", D, 256)
+    layer("t_embedder.mlp.2", D, D)
+    shapes["y_embedder.embedding_table.weight"] = classes + 1, D
+    for i in range(depth):
+        layer(f"blocks.{i}.attn.proj", D, D)
+        layer(f"blocks.{i}.adaLN_modulation.0", 6 * D, D)
+        for name, shape in {"norm1": (D,), "norm2": (D,), "attn.qkv": (3 * D, D),
+                            "attn.q_norm": (D // heads,), "attn.k_norm": (D // heads,),
+                            "mlp.w1": (hidden, D), "mlp.w2": (D, hidden),
+                            "mlp.w3": (hidden, D)}.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+    for k, c in enumerate((C, 2 * C, 4 * C, 8 * C), start=1):
+        layer(f"local_decoder.enc{k}.0", c, 3 if k == 1 else c // 2, 3, 3)
+        layer(f"local_decoder.up{k}", c, c, 2, 2)
+        layer(f"local_decoder.dec{k}.0", C if k == 1 else c // 2, 2 * c, 3, 3)
+    layer("local_decoder.bottleneck.0", 8 * C, 8 * C + D, 1, 1)
+    layer("local_decoder.out_conv", 3, C, 1, 1)
+    return shapes
+
+
+def release_weights(**sizes):
+    """A state dict like the authors'.  release.npz was recorded with these weights, so each is a
+    function of its name: norms around 1, small biases, the others scaled by their inputs."""
+    weights = {}
+    for name, shape in release_shapes(**sizes).items():
+        z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        if "norm" in name:
+            z = 1 + 0.2 * z
+        elif len(shape) == 1:
+            z = 0.1 * z
+        elif "embedding_table" in name:
+            z = 0.5 * z
+        elif "local_decoder.up" in name:
+            z = z * (1 / shape[0]) ** 0.5
+        else:
+            z = z * (1.5 / np.prod(shape[1:])) ** 0.5
+        weights[name] = torch.from_numpy(z.astype(np.float32))
+    return weights
+
+
+def lightning(raw, average):
+    """The file that the authors' training writes, with both kinds of weights."""
+    state = {f"denoiser.{name}": weight for name, weight in raw.items()}
+    state |= {f"ema_denoiser.{name}": weight for name, weight in average.items()}
+    state["diffusion_trainer.proj.0.weight"] = torch.zeros(2, 2)
+    return {"state_dict": state, "epoch": 3, "global_step": 1234, "optimizer_states": [],
+            "hyper_parameters": {"lr": 1e-4}, "pytorch-lightning_version": "2.5"}
 
 
 @st.composite

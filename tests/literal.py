@@ -1,7 +1,7 @@
 """The formulas of the paper, read literally: one image, one token, one pixel at a time.
 
-To be read beside the paper.  Slow on purpose, numpy in float64; it has the names of the weights in
-common with dip.py and nothing else.  The tests hold the fast code against these lines.
+Read them beside the paper.  They are slow on purpose, in numpy and float64, and share the names of
+the weights with dip.py and nothing else.  The tests compare the fast code with these lines.
 
 Shapes: an image is (3, H, W), a token is (D,), tokens are a list in row-major order.  w is a dict
 of weights by name: `part(w, "blocks.0")` holds those of block 0, without that prefix.
@@ -24,11 +24,11 @@ def part(w, prefix):
 
 
 def count(w, prefix):
-    """How many numbered layers prefix.0, prefix.1, ... there are."""
+    """The number of layers prefix.0, prefix.1, ..."""
     return len({name.split(".")[0] for name in part(w, prefix)})
 
 
-# --- patches ------------------------------------------------------------------------------------
+# --- patches --------------------------------------------------------------------------------------
 
 
 def patch(image, P, n):
@@ -51,7 +51,7 @@ def put_together(patches, H, W):
     return image
 
 
-# --- layers -------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 def linear(w, x):
@@ -91,16 +91,15 @@ def swiglu(w, x):
 
 
 def convolution(w, x):
-    """3 x 3: output (i, j) is the sum over the window around (i, j); outside the map it is dark."""
+    """3 x 3: output (i, j) is the sum over the window around (i, j); outside, the map is 0."""
     _, H, W = x.shape
-    y = np.zeros((len(w["weight"]), H, W))
-    for i in range(H):
-        for j in range(W):
-            y[:, i, j] = w["bias"]
-            for u in (-1, 0, 1):
-                for v in (-1, 0, 1):
-                    if 0 <= i + u < H and 0 <= j + v < W:
-                        y[:, i, j] += w["weight"][:, :, 1 + u, 1 + v] @ x[:, i + u, j + v]
+    y = np.zeros((len(w["weight"]), H, W)) + w["bias"][:, None, None]
+    for u in (-1, 0, 1):
+        for v in (-1, 0, 1):
+            weight = w["weight"][:, :, 1 + u, 1 + v].copy()
+            for i, j in np.ndindex(H, W):
+                if 0 <= i + u < H and 0 <= j + v < W:
+                    y[:, i, j] += weight @ x[:, i + u, j + v]
     return y
 
 
@@ -117,8 +116,10 @@ def transposed_convolution(w, x):
     """2 x 2, stride 2: pixel (i, j) is scattered over the square (2i, 2j) ... (2i + 1, 2j + 1)."""
     _, H, W = x.shape
     y = np.zeros((w["weight"].shape[1], 2 * H, 2 * W)) + w["bias"][:, None, None]
-    for i, j, u, v in np.ndindex(H, W, 2, 2):
-        y[:, 2 * i + u, 2 * j + v] += w["weight"][:, :, u, v].T @ x[:, i, j]
+    for u, v in np.ndindex(2, 2):
+        weight = w["weight"][:, :, u, v].T.copy()
+        for i, j in np.ndindex(H, W):
+            y[:, 2 * i + u, 2 * j + v] += weight @ x[:, i, j]
     return y
 
 
@@ -131,7 +132,7 @@ def max_pool(x):
     return y
 
 
-# --- where: rotary positions --------------------------------------------------------------------
+# --- where: rotary positions ----------------------------------------------------------------------
 
 
 def positions(rows, columns):
@@ -163,7 +164,7 @@ def rotated(x, turn):
     return [complex(x[a], x[b]) * cmath.exp(1j * angle) for a, b, angle in turn]
 
 
-# --- the transformer block ----------------------------------------------------------------------
+# --- the transformer block ------------------------------------------------------------------------
 
 
 def attention(w, num_heads, tokens, turns):
@@ -232,16 +233,16 @@ def mlp_head(w, x, s):
 
 
 def coordinate(w, x, s):
-    """Each pixel alone: colour and position, through a small MLP whose weights the token wrote."""
+    """Each pixel alone: colour and position go through an MLP whose weights the token generates."""
     P, C, y = x.shape[-1], w["out.weight"].shape[1], np.zeros(x.shape)
     for i, j in np.ndindex(P, P):
         basis = [math.cos(math.pi * a * (i + 0.5) / P) * math.cos(math.pi * b * (j + 0.5) / P)
                  for a in range(8) for b in range(8)]
         h = linear(part(w, "embed"), np.concatenate([x[:, i, j], basis]))
         for k in range(count(w, "generators")):
-            written = linear(part(w, f"generators.{k}"), s[:, 0, 0])
-            w1 = written[:2 * C * C].reshape(C, 2 * C)
-            w2 = written[2 * C * C:].reshape(2 * C, C)
+            generated = linear(part(w, f"generators.{k}"), s[:, 0, 0])
+            w1 = generated[:2 * C * C].reshape(C, 2 * C)
+            w2 = generated[2 * C * C:].reshape(2 * C, C)
             w1 = w1 / np.sqrt((w1**2).sum(axis=0))       # every column has length 1
             w2 = w2 / np.sqrt((w2**2).sum(axis=0))
             h = h + silu(rms_norm(part(w, f"norms.{k}"), h) @ w1) @ w2
@@ -264,7 +265,7 @@ def attention_head(w, x, s):
 HEADS = {"unet": unet, "mlp": mlp_head, "coordinate": coordinate, "attention": attention_head}
 
 
-# --- from tokens to pixels ----------------------------------------------------------------------
+# --- from tokens to pixels ------------------------------------------------------------------------
 
 
 def patch_detailer(w, config, x_t, tokens, time):
@@ -287,7 +288,7 @@ def final_layer(w, config, x_t, tokens, c):
     return put_together([p.reshape(3, P, P) for p in pixels], *x_t.shape[1:])
 
 
-# --- the network --------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
 def time_features(t):
@@ -329,10 +330,12 @@ def dip(w, config, x_t, t, y):
                     for n in range(len(tokens))]
             tokens = [s + b for s, b in zip(tokens, back)]
     if config.head == "none" or config.placement == "intermediate":
-        drawn = final_layer(part(w, "output"), config, x_t, tokens, c)
+        predicted = final_layer(part(w, "output"), config, x_t, tokens, c)
     else:
-        drawn = patch_detailer(part(w, "output"), config, x_t, tokens, time)
-    return (clean_to_velocity(x_t, drawn, t) if config.prediction == "x" else drawn), aligned
+        predicted = patch_detailer(part(w, "output"), config, x_t, tokens, time)
+    if config.prediction == "x":
+        return clean_to_velocity(x_t, predicted, t), aligned
+    return predicted, aligned
 
 
 def clean_to_velocity(x_t, x_0, t):
@@ -358,19 +361,18 @@ def release(w, num_heads, x_t, t, y):
     where = [release_turns(row, column, d) for row, column in positions(H // P, W // P)]
     for k in range(count(w, "blocks")):
         tokens = block(part(renamed, f"blocks.{k}"), num_heads, tokens, c, where)
-    head = {}
-    for theirs, ours in {"enc1.0": "down.0", "enc2.0": "down.1", "enc3.0": "down.2",
-                         "enc4.0": "down.3", "bottleneck.0": "bottleneck", "up4": "up.0",
-                         "up3": "up.1", "up2": "up.2", "up1": "up.3", "dec4.0": "merge.0",
-                         "dec3.0": "merge.1", "dec2.0": "merge.2", "dec1.0": "merge.3",
-                         "out_conv": "out"}.items():
+    names, head = {"bottleneck.0": "bottleneck", "out_conv": "out"}, {}
+    for k in (1, 2, 3, 4):                               # theirs count from the full size
+        names |= {f"enc{k}.0": f"down.{k - 1}", f"up{k}": f"up.{4 - k}",
+                  f"dec{k}.0": f"merge.{4 - k}"}
+    for theirs, ours in names.items():
         for kind in ("weight", "bias"):
             head[f"{ours}.{kind}"] = w[f"local_decoder.{theirs}.{kind}"]
     return put_together([unet(head, patch(x_t, P, n), silu(s + time)[:, None, None])
                          for n, s in enumerate(tokens)], H, W)
 
 
-# --- the objective ------------------------------------------------------------------------------
+# --- the objective --------------------------------------------------------------------------------
 
 
 def interpolate(x_0, noise, t):

@@ -2,7 +2,7 @@
 The metrics of fid.py read literally: numpy and loops, one function a definition, nothing shared.
 
 Slow on purpose.  Read a function beside the definition in its docstring, then fid.py's beside both:
-tests/test_fid.py demands that they agree.
+tests/test_08_fid.py demands that they agree.
 """
 
 import math

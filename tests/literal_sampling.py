@@ -14,13 +14,9 @@ import torch
 # Samplers, on one number x
 
 
-def time_grid(steps, shift):
-    """Even times t = 1 - k/n, each moved towards 1 by t -> s t / (1 + (s - 1) t)."""
-    times = []
-    for k in range(steps + 1):
-        t = 1 - k / steps
-        times.append(shift * t / (1 + (shift - 1) * t))
-    return times
+def time_grid(steps):
+    """Even times from 1 to 0."""
+    return [1 - k / steps for k in range(steps + 1)]
 
 
 def euler(v, x, times):
@@ -31,25 +27,27 @@ def euler(v, x, times):
 
 
 def heun(v, x, times):
-    """Follow the tangent, look at the slope there, come back, and take the mean of both."""
+    """Follow the tangent, look at the slope there, come back, and follow the mean of both slopes.
+    At t = 0 the slope is not known well: the last step follows the tangent."""
     for i in range(len(times) - 1):
         h = times[i] - times[i + 1]
-        there = x - h * v(x, times[i])
-        x = x - h * 0.5 * v(x, times[i]) - h * 0.5 * v(there, times[i + 1])
+        tangent = slope = v(x, times[i])
+        if times[i + 1] > 0:
+            slope = (tangent + v(x - h * tangent, times[i + 1])) / 2
+        x = x - h * slope
     return x
 
 
 def adams_bashforth(v, x, times):
-    """Integrate the straight line through the last two velocities, wherever their times are.
+    """Integrate the straight line through the last two velocities, over times h apart.
 
     The line is a + b (t - t_i).  Its integral from t_i to t_i - h is  -a h + b h^2 / 2.
     """
-    x_before = x
-    x = x - (times[0] - times[1]) * v(x, times[0])           # nothing before it: Euler
+    h = times[0] - times[1]
+    x_before, x = x, x - h * v(x, times[0])                  # nothing before it: Euler
     for i in range(1, len(times) - 1):
         a = v(x, times[i])
-        b = (v(x_before, times[i - 1]) - a) / (times[i - 1] - times[i])
-        h = times[i] - times[i + 1]
+        b = (v(x_before, times[i - 1]) - a) / h
         x_before, x = x, x - a * h + b * h**2 / 2
     return x
 
@@ -77,24 +75,24 @@ def euler_maruyama(v, x, times, normals):
 
 
 def guided_velocity(model, x, t, label, scale, interval):
-    """v_0 + scale (v_y - v_0) of one image (3, H, W), for low <= t <= high, both ends included."""
-    def ask(y):
+    """v_0 + scale (v_y - v_0) of one image (3, H, W) where low <= t <= high, else v_y."""
+    def velocity(y):
         return model(x[None], torch.tensor([float(t)]), torch.tensor([y]))[0]
 
     low, high = interval
     if t < low or t > high:
-        return ask(label)
-    v_y, v_0 = ask(label), ask(model.config.num_classes)
+        return velocity(label)
+    v_y, v_0 = velocity(label), velocity(model.config.num_classes)
     return v_0 + scale * (v_y - v_0)
 
 
 @torch.no_grad()
-def sample(model, label, stream, size, sampler, steps, cfg, interval, shift):
-    """One image by itself; everything random is drawn from the stream, the start first."""
+def sample(model, label, stream, size, sampler, steps, cfg, interval):
+    """One image, alone.  The stream gives the starting noise first, then that of each SDE step."""
     def v(x, t):
         return guided_velocity(model, x, t, label, cfg, interval)
 
-    times, x = time_grid(steps, shift), torch.randn(3, *size, generator=stream)
+    times, x = time_grid(steps), torch.randn(3, *size, generator=stream)
     if sampler == "sde":
         normals = [torch.randn(3, *size, generator=stream) for _ in range(steps - 1)]
         return euler_maruyama(v, x, times, normals)
@@ -157,7 +155,7 @@ def example(data, order, k, seed, purpose, stream):
 
 
 def image_loss(model, x_0, y, noise, t, features=None):
-    """Eq. (5) of one image, and REPA's 1 - cosine in the mean over its patches, if asked for."""
+    """Eq. (5) of one image, and with features REPA's loss: 1 - cosine, averaged over patches."""
     x_t = (1 - t) * x_0 + t * noise
     if features is None:
         v, repa = model(x_t[None], t[None], torch.tensor([y])), torch.zeros(())
@@ -196,8 +194,8 @@ def fit(model, data, order, options, stream, encoder=None, repa_weight=0.5):
 
 @torch.no_grad()
 def validation_loss(model, data, order, stream):
-    """The mean of Eq. (5) over all validation images as they are, with label, one fixed noise and
-    time each; logit t ~ N(0, 1)."""
+    """The mean of Eq. (5) over all validation images, which are not flipped and keep their labels.
+    Each image has its own fixed noise and time; logit t ~ N(0, 1)."""
     losses = []
     for k in range(len(data)):
         x_0, y, noise, z, _ = example(data, order, k, 0, "val", stream)

@@ -7,25 +7,30 @@ import hashlib
 import io
 import itertools
 import json
+import os
+import re
+import resource
+import shutil
+import struct
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
+import zipfile
+import zlib
 
 import literal_metrics as literal
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, launch
+from commands import ROOT, error_line, launch, run
 from helpers import damaged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import fid
-from fid import (FolderImages, Moments, NpzImages, Side, center_crop, frechet_distance,
-                 inception_score, list_images, precision_recall, read_image, resize_tf1,
-                 squared_distances)
+import train
+from fid import (Side, center_crop, frechet_distance, inception_score, list_images,
+                 precision_recall, read_image, resize_tf1, squared_distances)
 
 METRICS = "Inception Score", "FID", "sFID", "Precision", "Recall"
 SEEDS = st.integers(0, 10**6)
@@ -37,7 +42,13 @@ def pictures(n, height, width, seed=0):
     y, x = torch.meshgrid(torch.arange(height) / 9, torch.arange(width) / 11, indexing="ij")
     y, x = y[None, :, :, None], x[None, :, :, None]
     phase, speed = phase[:, None, None], speed[:, None, None]
-    return (127.5 + 120 * torch.sin(phase + y * speed + x * (3 - speed))).byte()
+    return (127.5 + 120 * torch.sin(phase + y * speed + x * (3 - speed))).byte().numpy()
+
+
+def save_images(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{k:02d}.png")
 
 
 def npz(path, **arrays):
@@ -50,8 +61,9 @@ def npz(path, **arrays):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of fixed random weights.  Batch norm's statistics are drawn, not measured: a measured
-    sum depends on the number of threads.  Filters of mean zero keep images apart in deep layers."""
+    """A file of fixed random weights, with the public file's names.  Batch norm's statistics are
+    drawn, not measured: a measured sum depends on the number of threads.  Filters of mean zero keep
+    images apart in deep layers."""
     generator = torch.Generator().manual_seed(0)
     net = fid.InceptionV3().requires_grad_(False)
     for module in net.modules():
@@ -66,8 +78,12 @@ def weights(tmp_path_factory):
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     net.fc.weight.normal_(0, 0.1, generator=generator)
     net.fc.bias.normal_(generator=generator)
+    state = {}
+    for name, x in net.state_dict().items():
+        name = re.sub(r"\.(\d)\.([ab])\.", r"_\1\2.", name)
+        state[re.sub(r"\.(\d)\.(conv|bn)", r"_\1.\2", name)] = x
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save({key: x for key, x in net.state_dict().items() if "num_batches" not in key}, path)
+    torch.save({name: x for name, x in state.items() if "num_batches" not in name}, path)
     return path
 
 
@@ -87,79 +103,81 @@ PEER = {
 }
 
 
-def test_the_outputs_are_those_of_an_independent_implementation(net):
-    """Forbids half-pixel resizing, x / 127.5 - 1, padded averages, a mean where ADM's network takes
+def test_the_features_match_an_independent_implementation(net):
+    """Catches half-pixel resizing, x / 127.5 - 1, padded averages, a mean where ADM's network takes
     a maximum, channels before rows in sFID, and the bias of the last layer."""
-    outputs = net(pictures(2, 40, 56, seed=7))
-    assert [x.shape[1:] for x in outputs[:2]] == [fid.STATISTICS["mu"], fid.STATISTICS["mu_s"]]
+    outputs = net(torch.from_numpy(pictures(2, 40, 56, seed=7)))
     for (norm, sums), x in zip(PEER.values(), outputs, strict=True):
         got = x.double() @ torch.cos(torch.arange(x.shape[1], dtype=torch.float64))
         assert x.norm().item() == pytest.approx(norm, rel=2e-5)
         assert got.tolist() == pytest.approx(sums, abs=2e-5 * norm)
 
 
-def test_an_image_is_seen_alone(net):
-    """Forbids batch norm in training mode: features would depend on the neighbours."""
-    images = pictures(3, 24, 40)
+def test_the_features_of_an_image_do_not_depend_on_its_neighbours(net):
+    """Catches batch norm in training mode."""
+    images = torch.from_numpy(pictures(3, 24, 40))
     for alone, together in zip(net(images[1:2]), net(images)):
         torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-5)
-    assert not net.training and not any(x.requires_grad for x in net.parameters())
+    assert not any(x.requires_grad for x in net.parameters())
 
 
-def test_the_key_layout_is_that_of_the_public_file(weights):
+def test_the_weights_have_the_names_and_shapes_of_the_public_file(weights):
     """torchvision's names and shapes (inception_v3 of 0.29.1 with 1008 classes and no auxiliary
-    ones: 23,850,960 parameters), without the counters of batch norm; the digest is of its layout.
-    Forbids branches that exchange their names: random weights would not show it, public ones do."""
+    ones: 23,850,960 parameters), without the counters of batch norm.  Catches branches that
+    exchange their names: random weights would not show it, but public ones do."""
     state = torch.load(weights, weights_only=True)
     assert len(state) == 94 * 5 + 2 and state["fc.weight"].shape == (1008, 2048)
     assert state["Mixed_7b.branch3x3_2a.conv.weight"].shape == (384, 384, 1, 3)
-    assert sum(x.numel() for key, x in state.items() if "running" not in key) == 23_850_960
-    layout = "\n".join(sorted(f"{key} {tuple(x.shape)}" for key, x in state.items()))
+    assert sum(x.numel() for name, x in state.items() if "running" not in name) == 23_850_960
+    layout = "\n".join(sorted(f"{name} {tuple(x.shape)}" for name, x in state.items()))
     assert hashlib.sha256(layout.encode()).hexdigest() == (
         "d84f693f2abd7fea61cb31c87d3b2f268bf707c1bae1db219afdad3363959cb0")
 
 
-def test_other_weights_are_refused_and_so_is_what_is_none(weights, tmp_path):
+def test_other_weights_and_other_files_are_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="has SHA-256 .* not ADM's 6726825d0af5"):
         fid.load_inception(weights)
-    state = torch.load(weights, weights_only=True)
+    path, state = tmp_path / "w.pth", torch.load(weights, weights_only=True)
     for change in ({"fc.weight": torch.zeros(1)}, {"fc.weight": None}, {"more": torch.zeros(1)}):
-        other = {key: x for key, x in (state | change).items() if x is not None}
-        torch.save(other, tmp_path / "w.pth")
+        torch.save({key: x for key, x in (state | change).items() if x is not None}, path)
         with pytest.raises(ValueError, match="is not a file of the network's weights"):
-            fid.load_inception(tmp_path / "w.pth", any_weights=True)
+            fid.load_inception(path, any_weights=True)
+    for data in (b"", b"hello", weights.read_bytes()[:10_000]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is not a file of the network's weights"):
+            fid.load_inception(path, any_weights=True)
 
 
 def test_the_public_weights_are_fetched_once_and_checked(monkeypatch, weights, tmp_path):
-    """Forbids a download without its hash, a second one, and a bare traceback when offline."""
-    cached = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    """Catches a download without its hash, a second download, and a traceback when offline."""
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
 
     def offline(*arguments, **options):
         raise ConnectionError("no route to host")
 
-    def download(url, path, hash_prefix):
-        assert url == fid.WEIGHTS_URL and path == str(cached) and hash_prefix == digest
-        cached.symlink_to(weights)
+    def download(url, path, hash_prefix, progress=True):
+        assert url == fid.WEIGHTS_URL and fid.WEIGHTS_SHA256.startswith(hash_prefix)
+        shutil.copy(weights, path)
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-    monkeypatch.setattr(fid, "WEIGHTS_SHA256", digest)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(OSError, match="no route to host.*give it with --inception FILE"):
+    with pytest.raises(ValueError, match="give the file with --inception .no route to host"):
         fid.load_inception()
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert fid.load_inception()[1] == digest
+    assert fid.load_inception(any_weights=True)[1] == digest
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert fid.load_inception()[1] == digest
+    assert fid.load_inception(any_weights=True)[1] == digest
+    with pytest.raises(ValueError, match="not ADM's"):
+        fid.load_inception()
 
 
-# --- images -------------------------------------------------------------------------------------
+# --- images: resized, cropped -------------------------------------------------------------------
 
 
 @settings(max_examples=20)
 @given(seed=SEEDS, H=st.integers(1, 30), W=st.integers(1, 30), size=st.integers(1, 20))
 def test_the_resize_is_tensorflows(seed, H, W, size):
-    """Forbids half pixels, averages, rows taken for columns, and edges mixed with anything."""
+    """Catches half pixels, averages, rows taken for columns, and a wrong last row or column."""
     image = np.random.default_rng(seed).random((H, W, 3))
     (got,) = resize_tf1(torch.from_numpy(image)[None], size).numpy()
     np.testing.assert_allclose(got, literal.resize_tf1(image, size), rtol=0, atol=1e-12)
@@ -168,7 +186,7 @@ def test_the_resize_is_tensorflows(seed, H, W, size):
 @settings(max_examples=20)
 @given(data=st.data(), seed=SEEDS, size=st.integers(3, 12))
 def test_the_crop_is_adms(data, seed, size):
-    """Forbids cropping without resizing, other filters, and any middle that is not the middle.
+    """Catches cropping without resizing, other filters, and any middle that is not the middle.
     Pillow rounds to whole levels four to six times; a cubic enlarges that by (5/4)^2 at most."""
     short = data.draw(st.integers(1, 2 * size - 1))
     H, W = data.draw(st.permutations((4 * short, 4 * data.draw(st.integers(short, 2 * short)))))
@@ -178,93 +196,211 @@ def test_the_crop_is_adms(data, seed, size):
     assert np.abs(got - literal.center_crop(image.astype(float), size)).max() < 6 / 2 * (5 / 4) ** 2
 
 
-def test_the_crop_rounds_the_longer_side_and_leaves_what_fits_untouched():
-    pixels = pictures(1, 8, 8)[0].numpy()
-    assert np.array_equal(np.asarray(center_crop(Image.fromarray(pixels), 8)), pixels)
-    wide = pictures(1, 12, 29)[0].numpy()                       # 8 x 19.33 -> 8 x 19, left = 5
-    expected = Image.fromarray(wide).resize((19, 8), Image.BICUBIC).crop((5, 0, 13, 8))
-    assert np.array_equal(np.asarray(center_crop(Image.fromarray(wide), 8)), np.asarray(expected))
-    odd = pictures(1, 17, 35)[0].numpy()                        # 8 x 17 -> 4 x 8: the odd one goes
-    expected = Image.fromarray(odd).resize((17, 8), Image.BOX).resize((8, 4), Image.BOX)
-    expected = expected.crop((2, 0, 6, 4))
-    assert np.array_equal(np.asarray(center_crop(Image.fromarray(odd), 4)), np.asarray(expected))
+def test_the_crop_rounds_the_longer_side_and_leaves_a_fitting_image_untouched():
+    wide = Image.fromarray(pictures(1, 12, 29)[0])              # 8 x 19.33 -> 8 x 19, left = 5
+    cropped = wide.resize((19, 8), Image.BICUBIC).crop((5, 0, 13, 8))
+    assert center_crop(wide, 8) == cropped and center_crop(cropped, 8) == cropped
+    odd = Image.fromarray(pictures(1, 17, 35)[0])               # 8 x 17 -> 4 x 8: the odd one goes
+    half = odd.resize((17, 8), Image.BOX).resize((8, 4), Image.BOX)
+    assert center_crop(odd, 4) == half.crop((2, 0, 6, 4))
 
 
-def upright_and_turned():
-    """An image, and the same stored on its side with the EXIF tag that says so."""
-    image = Image.fromarray(pictures(1, 6, 8)[0].numpy())
-    turned, exif = image.transpose(Image.ROTATE_90), Image.Exif()
-    exif[0x0112] = 6                                            # "turn clockwise to show"
-    return image, turned, exif
+# --- images: read -------------------------------------------------------------------------------
 
 
-def test_an_image_is_upright_rgb_whatever_its_encoding(tmp_path):
-    """Forbids BGR, pictures on their side, 16 bits clipped to white, palettes read as grey."""
-    image, turned, exif = upright_and_turned()
-    pixels = np.asarray(image)
-    image.save(tmp_path / "rgb.png")
-    turned.save(tmp_path / "turned.png", exif=exif)
-    image.convert("RGBA").save(tmp_path / "rgba.png")
-    for name in ("rgb", "turned", "rgba"):
-        got = read_image(tmp_path / f"{name}.png")
-        assert got.dtype == np.uint8 and np.array_equal(got, pixels), name
-    image.quantize(8).save(tmp_path / "palette.png")
-    assert np.array_equal(read_image(tmp_path / "palette.png"), image.quantize(8).convert("RGB"))
-    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "16.png")
-    image.getchannel(0).save(tmp_path / "grey.png")
-    for name in ("16", "grey"):
-        assert np.array_equal(read_image(tmp_path / f"{name}.png"), pixels[..., [0, 0, 0]]), name
-    assert np.array_equal(read_image(tmp_path / "turned.png", 4), center_crop(image, 4))
+PNG = {                                      # kind: (number in the file, channels, depths)
+    "grey": (0, 1, (1, 2, 4, 8, 16)), "palette": (3, 1, (1, 2, 4, 8)), "RGB": (2, 3, (8, 16)),
+    "grey alpha": (4, 2, (8, 16)), "RGB alpha": (6, 4, (8, 16))}
+
+
+def png(kind, depth, pixels, transparent=b"", palette=b""):
+    """A PNG of one row, written by hand: Pillow does not write every depth."""
+    bits = "".join(f"{value:0{depth}b}" for value in np.ravel(pixels))
+    bits += "0" * (-len(bits) % 8)
+    row = bytes([0, *(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8))])
+    header = struct.pack(">IIBBBBB", len(pixels), 1, depth, PNG[kind][0], 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"PLTE", palette), (b"tRNS", transparent),
+                       (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
+        if body or name == b"IEND":
+            file += struct.pack(">I", len(body)) + name + body
+            file += struct.pack(">I", zlib.crc32(name + body))
+    return io.BytesIO(file)
+
+
+@pytest.mark.parametrize("kind, depth", [(kind, depth) for kind in PNG for depth in PNG[kind][2]])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_a_png_of_any_kind_and_depth_shows_its_colours_over_white(kind, depth, data):
+    """Catches the hidden colour of transparent pixels, and 16 bits clipped to white.  Pillow
+    misreads three kinds of transparency, which are therefore refused."""
+    channels, top = PNG[kind][1], 2**depth - 1
+    pixel = st.tuples(*[st.integers(0, top)] * channels)
+    pixels = np.array(data.draw(st.lists(pixel, min_size=1, max_size=9)))
+    pixels[0] = top                                          # 16-bit grey needs a bright pixel
+    colour, alpha = pixels, np.ones((len(pixels), 1))
+    transparent = palette = b""
+    if kind.endswith("alpha"):
+        colour, alpha = pixels[:, :-1], (pixels[:, -1:] >> depth - 8) / 255
+    elif kind == "palette":
+        colours = data.draw(st.binary(min_size=3 * (top + 1), max_size=3 * (top + 1)))
+        transparent, palette = data.draw(st.binary(max_size=top + 1)), colours
+        colour = np.array([*colours]).reshape(-1, 3)[pixels[:, 0]]
+        alpha = np.array([*transparent, *[255] * (top + 1)])[pixels] / 255
+    elif data.draw(st.booleans()):
+        chosen = pixels[data.draw(st.integers(0, len(pixels) - 1))]
+        transparent = struct.pack(f">{channels}H", *chosen.tolist())
+        alpha = 1.0 - (pixels == chosen).all(axis=1, keepdims=True)
+    file = png(kind, depth, pixels, transparent, palette)
+    if transparent and (kind, depth) in (("grey", 2), ("grey", 4), ("RGB", 16)):
+        with pytest.raises(ValueError, match="misreads this transparency; save it with"):
+            read_image(file)
+        return
+    levels = 255 if kind == "palette" else top
+    colour = colour >> 8 if depth == 16 else np.round(colour * 255 / levels)
+    expected = (colour * alpha + 255 * (1 - alpha)) * np.ones(3)
+    assert np.abs(read_image(file)[0] - expected).max() <= 1
+
+
+GREY = (77, 77, 77)
+MODES = [                                    # mode, pixel, formats that hold it, as it is read
+    ("1", 255, "PNG BMP TIFF", (255, 255, 255)),
+    ("L", 77, "PNG JPEG BMP TIFF", GREY),
+    ("LA", (77, 51), "PNG TIFF", (219, 219, 219)),
+    ("P", 1, "PNG BMP TIFF", (200, 100, 50)),
+    ("PA", (1, 51), "TIFF", (244, 224, 214)),
+    ("RGB", (200, 100, 50), "PNG WEBP JPEG BMP TIFF", (200, 100, 50)),
+    ("RGBA", (200, 100, 50, 51), "PNG WEBP TIFF", (244, 224, 214)),
+    ("RGBA", (200, 100, 50, 0), "PNG WEBP TIFF", (255, 255, 255)),
+    ("CMYK", (0, 128, 255, 0), "JPEG TIFF", (255, 127, 0)),
+    ("YCbCr", (77, 128, 128), "TIFF", GREY),
+    ("LAB", (128, 128, 128), "TIFF", (119, 119, 119)),           # CIE L* = 50.2
+    ("I;16", 77 * 257, "PNG TIFF", GREY),
+    ("I;16B", 77 * 257, "TIFF", GREY),
+    ("I", 77 * 257, "TIFF", GREY),
+    ("I;16", 0, "PNG TIFF", (0, 0, 0)),
+    ("I;16", 4095, "PNG TIFF", "mode I;16 with values up to 4095"),         # 12 bits, white
+    ("I", 70_000, "TIFF", "mode I with values up to 70000"),
+    ("F", 0.3, "TIFF", "mode F with values up to 0.3"),
+]
+
+
+@pytest.mark.parametrize("mode, pixel, formats, expected", MODES)
+def test_an_image_of_any_mode_is_read_as_it_looks_or_refused(mode, pixel, formats, expected):
+    """Pillow opens a file by its content: a TIFF may be called .png.  No file opens in the modes
+    La, RGBa, RGBX or HSV.  Catches black where WebP is transparent, palettes read as grey, inverted
+    inks, and values whose range nobody knows, read as black or white."""
+    for name in formats.split():
+        image, file = Image.new(mode, (16, 16), pixel), io.BytesIO()
+        if mode in ("P", "PA"):
+            image.putpalette([0, 255, 0, 200, 100, 50])
+        image.save(file, name, **{"quality": 100, "lossless": True} if name != "PNG" else {})
+        assert Image.open(file).mode == mode, name
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=f"{expected}.*save it as 8 bits"):
+                read_image(file)
+        else:
+            got = read_image(file)
+            assert got.dtype == np.uint8 and got.shape == (16, 16, 3)
+            assert np.abs(got - np.array(expected, dtype=float)).max() <= 1, name
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_a_broken_exif_is_no_broken_image(tmp_path):
-    image = Image.fromarray(pictures(1, 6, 8)[0].numpy())
-    image.save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert read_image(tmp_path / "exif.jpg").shape == (6, 8, 3)
+def test_an_image_is_upright_also_when_it_is_cropped_or_its_exif_is_broken(tmp_path):
+    """Catches pictures on their side, transparency lost in turning, and a refused good image."""
+    image, exif = Image.fromarray(pictures(1, 6, 8)[0]), Image.Exif()
+    exif[0x0112] = 6                                            # "turn clockwise to show"
+    image.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "turned.png"), image)
+    assert np.array_equal(read_image(tmp_path / "turned.png", 4), center_crop(image, 4))
+    corner = image.getpixel((0, 0))
+    image.transpose(Image.ROTATE_90).save(tmp_path / "clear.png", exif=exif, transparency=corner)
+    assert read_image(tmp_path / "clear.png")[0, 0].tolist() == [255, 255, 255]
+    image.save(tmp_path / "good.jpg")
+    image.save(tmp_path / "broken.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(read_image(tmp_path / "broken.jpg"), read_image(tmp_path / "good.jpg"))
 
 
-def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
-    """A few kilobytes that unpack to 100 million pixels, or would once they are scaled."""
-    for size, message in (((10_000, 10_000), "bomb"), ((2, 60_000), "too long to be scaled")):
-        Image.new("1", size).save(tmp_path / "bomb.png")
-        with pytest.raises(Exception, match=message):
-            read_image(tmp_path / "bomb.png", 256)
+def test_a_large_photo_is_read_cheaply_and_what_needs_gigabytes_is_refused(monkeypatch, tmp_path):
+    """Catches photos of 108 megapixels refused as bombs, or decoded in full, and bombs that are
+    not refused: a few kilobytes that unpack to gigabytes, at once or when they are scaled."""
+    photo = Image.new("L", (12_000, 9000), 50)
+    photo.paste(200, (6000, 0, 12_000, 9000))
+    photo.save(tmp_path / "photo.jpg", quality=10)
+    decoded = []
+    monkeypatch.setattr(fid, "center_crop", lambda image, size: decoded.append(image.size)
+                        or center_crop(image, size))
+    got = read_image(tmp_path / "photo.jpg", 64)
+    assert np.abs(got[:, [5, -5], 0] - np.array([50.0, 200.0])).max() < 10
+    assert decoded[0][0] <= 12_000 // 4
+
+    data = io.BytesIO()
+    Image.new("L", (8, 8)).save(data, "JPEG")
+    data = bytearray(data.getvalue())
+    frame = data.index(b"\xff\xc0") + 5                         # where the header has its size
+    data[frame:frame + 4] = struct.pack(">HH", 65_000, 65_000)
+    (tmp_path / "huge.jpg").write_bytes(data)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    Image.new("1", (2, 60_000)).save(tmp_path / "long.png")
+    for name, crop in (("huge.jpg", None), ("huge.jpg", 10_000), ("huge.png", None),
+                       ("huge.png", 64), ("long.png", 256)):
+        with pytest.raises(ValueError, match="would need gigabytes"):
+            read_image(tmp_path / name, crop)
 
 
-def test_a_folder_is_all_images_below_it_sorted_by_path(tmp_path):
-    """Links to folders are followed; hidden files and other endings are none of them."""
+# --- images: the folder -------------------------------------------------------------------------
+
+
+def test_a_folder_holds_each_image_below_it_once(monkeypatch, tmp_path, capsys):
+    """Catches hidden copies, an endless loop through a link, an unsorted list, and files of other
+    kinds left out without a word."""
     (tmp_path / "linked").mkdir()
-    (tmp_path / "folder" / "b").mkdir(parents=True)
+    (tmp_path / "folder" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "folder" / "b" / ".ipynb_checkpoints").mkdir()
     (tmp_path / "folder" / "a").symlink_to(tmp_path / "linked")
-    names = ["a/2.JPG", "a/3.webp", "b/1.png", "b/10.jpeg", "b/2.bmp"]
-    for name in (*names, "b/._1.png", "b/notes.txt", "a/4.gif"):
+    (tmp_path / "folder" / "b" / "up").symlink_to(tmp_path / "folder")
+    names = ["a/2.JPG", "a/3.webp", "b/1.png", "b/10.jpeg", "b/2.bmp", "b/c/1.jfif"]
+    others = ["b/._1.png", "b/.ipynb_checkpoints/1.png", "b/notes.txt", "a/4.gif", "a/5.GIF", "a/x"]
+    for name in (*names, *others):
         (tmp_path / "folder" / name).touch()
-    assert list_images(tmp_path / "folder") == [str(tmp_path / "folder" / name) for name in names]
+    expected = [str(tmp_path / "folder" / name) for name in names]
+    assert list_images(tmp_path / "folder") == expected
+    line = capsys.readouterr().out
+    assert "read 6 images and skipped other files: 2 .gif, 1 no ending, 1 .txt\n" in line
+    assert line.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert list_images(tmp_path / "folder") == expected and not capsys.readouterr().out
 
 
-@settings(max_examples=30)
-@given(n=st.integers(1, 23), batch=st.integers(1, 9), world=st.integers(1, 4),
-       kind=st.sampled_from(("folder", "npz", "compressed")))
-@example(n=11, batch=2, world=3, kind="folder")
-@example(n=11, batch=2, world=3, kind="npz")
-def test_ranks_divide_the_batches_among_them_in_turn(tmp_path_factory, n, batch, world, kind):
-    """Batch b belongs to rank b mod world, and is images b * batch and following: none twice."""
-    path, images = tmp_path_factory.mktemp("images"), pictures(n, 3, 5).numpy()
-    if kind == "folder":
-        for k, image in enumerate(images):
-            Image.fromarray(image).save(path / f"{k:02d}.png")
-        source = FolderImages(path)
-    else:
-        save = np.savez if kind == "npz" else np.savez_compressed
-        save(path / "images.npz", images, np.arange(n))         # arr_1: the labels, not read
-        source = NpzImages(path / "images.npz")
-    assert len(source) == n and tuple(source.size) == (3, 5)
-    expected = [images[start:start + batch] for start in range(0, n, batch)]
-    for rank in range(world):
-        got = list(source.batches(batch, rank, world))
-        assert len(got) == len(expected[rank::world])
-        assert all(map(np.array_equal, got, expected[rank::world]))
+def test_a_folder_that_cannot_be_listed_is_an_error(monkeypatch, tmp_path):
+    """Catches images that are missing without a word, for instance from a disk with errors."""
+    save_images(tmp_path / "good", pictures(2, 4, 4))
+    (tmp_path / "bad").mkdir()
+    scandir = os.scandir
+
+    def failing(path="."):
+        if os.path.basename(path) == "bad":
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError, match="Input/output error.*bad"):
+        list_images(tmp_path)
+
+
+def test_training_and_evaluation_see_the_same_pixels(monkeypatch, small, tmp_path):
+    """Catches a second way to read or crop an image, or another order."""
+    for k, image in enumerate(pictures(5, 20, 31)):
+        alpha = np.full((20, 31, 1), 50 * k, np.uint8)
+        save_images(tmp_path / "album" / f"{k % 2}" / f"{k}", [np.concatenate([image, alpha], 2)])
+    Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(tmp_path / "album/0/grey.png")
+    seen = []
+    monkeypatch.setattr(SmallNet, "__call__", lambda self, images: seen.append(images) or
+                        self.forward(images))
+    run(monkeypatch, fid, tmp_path / "album", "--crop 8 --batch 4 --save-stats", tmp_path / "s.npz")
+    data = train.ImageFolder(tmp_path / "album", 8)
+    assert len(data) == 6
+    assert np.array_equal(torch.cat(seen), [data[k][0] for k in range(6)])
 
 
 # --- Frechet distance ---------------------------------------------------------------------------
@@ -288,30 +424,6 @@ def test_the_frechet_distance_is_its_definition(seed, d, n, m):
     assert 0 <= frechet_distance(*a, *a) < 1e-6 * scale
 
 
-@given(mean=st.floats(-9, 9), a=st.floats(0, 9), b=st.floats(0, 9))
-def test_in_one_dimension_it_is_that_of_means_and_standard_deviations(mean, a, b):
-    got = frechet_distance([0], [[a * a]], [mean], [[b * b]])
-    assert got == pytest.approx(mean**2 + (a - b) ** 2, abs=1e-9)
-
-
-@settings(max_examples=30)
-@given(seed=SEEDS, d=st.integers(1, 12))
-def test_commuting_covariances_differ_by_the_roots_of_their_eigenvalues(seed, d):
-    rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    a, b = rng.uniform(0, 4, (2, d)) * (rng.random((2, d)) < 0.7)    # some exactly 0
-    got = frechet_distance(np.zeros(d), basis * a @ basis.T, np.zeros(d), basis * b @ basis.T)
-    assert got == pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), abs=1e-6)
-
-
-def test_fewer_images_than_dimensions_are_no_trouble():
-    """Where a general matrix root turns complex: 20 and 30 points in 64 dimensions."""
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((20, 64)), rng.standard_normal((30, 64)) + 1
-    got = frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
-    assert got == pytest.approx(literal.frechet_of_points(x, y), rel=1e-6)
-
-
 def changed(matrix, i, j, value):
     """The matrix with one entry replaced."""
     matrix = matrix.copy()
@@ -320,29 +432,28 @@ def changed(matrix, i, j, value):
 
 
 @pytest.mark.parametrize("mu, sigma, message", [
-    (np.zeros(3), -np.eye(3), "sigma{} is no covariance: it has the eigenvalue -1"),
-    (np.zeros(3), np.diag([1, 1, -1e-3]), "sigma{} is no covariance: it has the eigenvalue -0.001"),
-    (np.zeros(3), changed(np.eye(3), 0, 2, 0.1), "entries (i, j) and (j, i) differ by 0.1"),
-    (np.zeros(3), changed(np.eye(3), 0, 2, 1e-3), "entries (i, j) and (j, i) differ by 0.001"),
-    (np.zeros(3), np.eye(3) * 1j, "sigma{} is complex128, not real"),
-    (np.zeros(3) + 0j, np.eye(3), "mu{} is complex128, not real"),
-    (np.zeros(3), changed(np.eye(3), 1, 1, np.inf), "sigma{} is not finite"),
-    (np.full(3, np.nan), np.eye(3), "mu{} is not finite"),
-    (np.zeros(4), np.eye(3), "mu{} (4,) and sigma{} (3, 3) are not of shapes (d,) and (d, d)"),
+    (np.zeros(3), -np.eye(3), "the covariance has a negative eigenvalue"),
+    (np.zeros(3), np.diag([1, 1, -1e-3]), "the covariance has a negative eigenvalue"),
+    (np.zeros(3), changed(np.eye(3), 0, 2, 0.1), "the covariance is not symmetric"),
+    (np.zeros(3), changed(np.eye(3), 2, 0, 1e-3), "the covariance is not symmetric"),
+    (np.zeros(3), np.eye(3) * 1j, "complex128"),
+    (np.zeros(3) + 0j, np.eye(3), "complex128"),
+    (np.zeros(3), changed(np.eye(3), 1, 1, np.inf), "mean or covariance is not finite"),
+    (np.full(3, np.nan), np.eye(3), "mean or covariance is not finite"),
+    (np.zeros(4), np.eye(3), "mean (4,) and covariance (3, 3) are not of shapes (d,) and (d, d)"),
     (np.zeros((3, 1)), np.eye(3), "are not of shapes (d,) and (d, d)"),
     (np.zeros(2), np.eye(2), "dimensions have no distance"),
 ])
-def test_what_is_no_mean_and_covariance_is_refused_on_either_side(mu, sigma, message):
-    """Forbids a distance of 0 between -I and I."""
+def test_only_a_mean_and_a_covariance_are_accepted_on_either_side(mu, sigma, message):
+    """Catches a distance of 0 between -I and I."""
     good = np.zeros(3), np.eye(3)
-    for number, arguments in ((1, (mu, sigma, *good)), (2, (*good, mu, sigma))):
-        with pytest.raises(ValueError) as error:
+    for arguments in ((mu, sigma, *good), (*good, mu, sigma)):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             frechet_distance(*arguments)
-        assert message.replace("{}", str(number)) in str(error.value)
 
 
 def test_a_covariance_may_be_rounded_to_float32():
-    """Of 5 points in 9 dimensions: rounding makes eigenvalues of 0 negative, and is forgiven."""
+    """Of 5 points in 9 dimensions: rounding makes some zero eigenvalues negative."""
     rng = np.random.default_rng(0)
     a, b = gaussian(rng, 5, 9), gaussian(rng, 5, 9)
     rounded = a[1].astype(np.float32)
@@ -359,21 +470,16 @@ def test_a_covariance_may_be_rounded_to_float32():
 @settings(max_examples=40)
 @given(seed=SEEDS, n=st.integers(1, 40), K=st.integers(1, 6), split=st.integers(1, 45))
 def test_the_inception_score_is_its_definition_and_a_short_chunk_counts_in_full(seed, n, K, split):
-    """Some probabilities are exactly 0, which must not give NaN."""
+    """Catches NaN from a probability of exactly 0."""
     rng = np.random.default_rng(seed)
     p = rng.dirichlet(np.ones(K), n) * (rng.random((n, K)) < 0.7) + 1e-3 * np.eye(K)[[0] * n]
     p /= p.sum(axis=1, keepdims=True)
     assert inception_score(p, split) == pytest.approx(literal.inception_score(p, split), rel=1e-9)
 
 
-@given(K=st.integers(1, 50), times=st.integers(1, 5))
-def test_the_score_is_1_when_nothing_is_said_and_the_number_of_classes_when_all_is(K, times):
-    assert inception_score(np.full((7, K), 1 / K)) == pytest.approx(1)
-    assert inception_score(np.tile(np.eye(K), (times, 1))) == pytest.approx(K)
-
-
 def test_a_chunk_is_5000_images_in_the_order_of_the_file():
-    """Sorted by class, every chunk is dull."""
+    """Sorted by class, every chunk scores 1; mixed, the number of classes.  Catches another size
+    of a chunk."""
     p = np.repeat(np.eye(4), 5000, axis=0)
     assert inception_score(p) == pytest.approx(1)
     shuffled = p[np.random.default_rng(0).permutation(20_000)]
@@ -400,37 +506,21 @@ def test_precision_and_recall_are_fractions_of_points_in_balls(seed, n, m, d, k,
     assert precision_recall(*points, k, half, block) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_third_neighbour_is_meant_where_nothing_is_said():
+def test_a_ball_reaches_to_the_third_neighbour_by_default():
     rng = np.random.default_rng(0)
     real, fake = rng.standard_normal((40, 3)), rng.standard_normal((30, 3)) + 0.5
     expected = literal.precision_recall(real, fake, 3)
     assert expected not in (literal.precision_recall(real, fake, k) for k in (2, 4))
     assert precision_recall(real, fake) == pytest.approx(expected)
-
-
-def test_equal_sets_give_one_and_distant_ones_zero():
-    x = np.random.default_rng(0).standard_normal((50, 8))
-    assert precision_recall(x, x) == (1, 1)
-    assert precision_recall(x, x + 100) == (0, 0)
-    with pytest.raises(ValueError, match="more than 3 images on both sides, not 3 and 50"):
-        precision_recall(x[:3], x)
-    with pytest.raises(ValueError, match="more than 3 images on both sides, not 50 and 3"):
-        precision_recall(x, x[:3])
-
-
-def test_precision_is_of_the_samples_and_recall_of_the_reference():
-    """Samples from one of two modes: all of them look real, half of the real is missed."""
-    rng = np.random.default_rng(0)
-    fake = rng.standard_normal((100, 2))
-    real = np.concatenate([rng.standard_normal((100, 2)), rng.standard_normal((100, 2)) + 100])
-    precision, recall = precision_recall(real, fake)
-    assert precision > 0.9 and 0.4 < recall <= 0.5
+    for pair, sizes in (((real[:3], fake), "3 and 30"), ((real, fake[:3]), "40 and 3")):
+        with pytest.raises(ValueError, match=f"more than 3 images on both sides, not {sizes}"):
+            precision_recall(*pair)
 
 
 def test_half_precision_rounds_as_tensorflow_does():
-    """By hand: 9 + 2048 is a multiple of 2 there; and what overflows is done in float32."""
+    """By hand: near 2057, float16 has steps of 2.  What overflows is computed in float32."""
     a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 45.26]])
-    assert squared_distances(a, b, half=True).item() == 2056         # float16 has steps of 2 there
+    assert squared_distances(a, b, half=True).item() == 2056
     assert squared_distances(a, b).item() == pytest.approx(9 + 45.26**2)
     far = torch.tensor([[300.3, 0.0]])                           # 300.25 in float16
     assert squared_distances(a, far, half=True).item() == pytest.approx(297.3**2)
@@ -438,30 +528,14 @@ def test_half_precision_rounds_as_tensorflow_does():
 
 
 def test_a_distance_is_never_negative():
-    """Forbids the root of rounding: |x|^2 - 2 x y + |y|^2 of equal points, far from zero."""
+    """Catches rounding in |x|^2 - 2 x y + |y|^2 of equal points, far from zero."""
     x = torch.rand(50, 40, generator=torch.Generator().manual_seed(0)) + 9
     assert ((x * x).sum(1)[:, None] - 2 * x @ x.T + (x * x).sum(1)).min() < 0
     for half in (False, True):
         assert squared_distances(x, x, half).min() == 0
 
 
-# --- statistics of images -----------------------------------------------------------------------
-
-
-@settings(max_examples=30)
-@given(seed=SEEDS, n=st.integers(2, 20), d=st.integers(1, 5), data=st.data())
-def test_streamed_moments_are_mean_and_covariance_of_all_at_once(seed, n, d, data):
-    """In any order and in batches of any size, empty ones too."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, d)).astype(np.float32) + 3
-    cuts = data.draw(st.lists(st.integers(0, n), max_size=6))
-    moments = Moments(d)
-    for part in np.split(rng.permutation(x), sorted(cuts)):
-        moments.add(torch.from_numpy(part))
-    mu, sigma = moments.finish()
-    np.testing.assert_allclose(mu, literal.mean(x.astype(float)), rtol=1e-12)
-    expected = literal.covariance(x.astype(float))
-    np.testing.assert_allclose(sigma, expected, rtol=1e-9, atol=1e-12)
+# --- the images of one side, measured -----------------------------------------------------------
 
 
 class SmallNet(torch.nn.Module):
@@ -494,87 +568,65 @@ def statistics(images):
             "mu_s": literal.mean(spatial), "sigma_s": literal.covariance(spatial)}
 
 
-class FakeRanks:
-    """Threads instead of processes: what fid.py uses of torch.distributed."""
+@settings(max_examples=30)
+@given(n=st.integers(4, 23), batch=st.integers(1, 9), world=st.integers(1, 4),
+       kind=st.sampled_from(("folder", "npz", "compressed")))
+@example(n=11, batch=2, world=3, kind="folder")
+@example(n=11, batch=2, world=3, kind="npz")
+def test_any_number_of_ranks_measures_what_one_does(tmp_path_factory, n, batch, world, kind):
+    """Batch b belongs to rank b mod world, and is images b * batch and following.  Catches features
+    out of order, batches measured twice, and ranks without a batch that spoil the sum."""
+    images, path = pictures(n, 4, 6), tmp_path_factory.mktemp("images")
+    if kind == "folder":
+        save_images(path, images)
+    else:
+        path /= "images.npz"
+        save = np.savez if kind == "npz" else np.savez_compressed
+        save(path, images, np.arange(n))                        # arr_1: the labels, not read
+    batches, sent = [images[start:start + batch] for start in range(0, n, batch)], {}
 
-    def __init__(self, world):
-        self.barrier, self.parts, self.local = threading.Barrier(world), {}, threading.local()
+    def gather_object(part, parts):
+        sent.setdefault(rank, []).append(part)
+        assert (parts is None) == (rank > 0)
+        if parts is not None:                                   # rank 0 comes last
+            parts[:] = [sent[r][len(sent[0]) - 1] for r in range(world)]
 
-    def exchange(self, part):
-        self.parts[self.local.rank] = part
-        self.barrier.wait(10)
-        parts = [self.parts[rank] for rank in sorted(self.parts)]
-        self.barrier.wait(10)
-        return parts
+    def net(images):
+        seen.append(images.numpy())
+        return SmallNet()(images)
 
-    def all_reduce(self, x):
-        total = sum(self.exchange(x.clone()))
-        x.copy_(total)
-
-    def gather_object(self, part, parts):
-        everything = self.exchange(part)
-        assert (parts is not None) == (self.local.rank == 0)
-        if parts is not None:
-            parts[:] = everything
-
-
-@settings(max_examples=25)
-@given(n=st.integers(4, 23), batch=st.integers(1, 9), world=st.integers(1, 4))
-@example(n=11, batch=2, world=3)
-def test_any_number_of_ranks_measures_what_one_does(tmp_path_factory, n, batch, world):
-    """Forbids features out of order, batches counted twice, a mean of means, and ranks without a
-    batch that spoil the sum."""
-    images, fake = pictures(n, 4, 6).numpy(), FakeRanks(world)
-    path = npz(tmp_path_factory.mktemp("ranks") / "images.npz", arr_0=images)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fid, "dist", fake)
         patch.setattr(fid, "STATISTICS", SIZES)
-        sides = [Side(path) for _ in range(world)]
-
-        def measure(rank):
-            fake.local.rank = rank
-            sides[rank].measure(SmallNet(), batch, "cpu", rank, world)
-
-        threads = [threading.Thread(target=measure, args=(rank,)) for rank in range(world)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        patch.setattr(fid.dist, "get_rank", lambda: rank)
+        patch.setattr(fid.dist, "get_world_size", lambda: world)
+        patch.setattr(fid.dist, "gather_object", gather_object)
+        for rank in reversed(range(world)):
+            side, seen = Side(path), []
+            side.measure(net, batch, "cpu")
+            assert len(seen) == len(batches[rank::world])
+            assert all(map(np.array_equal, seen, batches[rank::world]))
     pool, _, probabilities = SmallNet()(torch.from_numpy(images))
-    assert torch.equal(sides[0].pool, pool) and torch.equal(sides[0].probs, probabilities)
-    assert all(side.pool is None for side in sides[1:])
+    assert torch.equal(side.pool, pool) and torch.equal(side.probs, probabilities)
     for name, expected in statistics(images).items():
-        np.testing.assert_allclose(sides[0].statistics[name], expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(side.statistics[name], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_first_process_of_a_node_fetches_the_weights_and_the_others_wait(monkeypatch):
-    options = SimpleNamespace(inception=None, any_weights=False)
-    for rank, world, expected in ((0, 1, ["load"]), (0, 2, ["load", "wait"]),
-                                  (1, 2, ["wait", "load"])):
-        events = []
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        monkeypatch.setattr(fid, "load_inception", lambda *_: events.append("load") or (1, 2))
-        monkeypatch.setattr(fid.dist, "barrier", lambda: events.append("wait"))
-        assert fid.load_with_one_download(options, world) == (1, 2)
-        assert events == expected
+def test_the_statistics_of_thousands_of_nearly_equal_images_are_exact(monkeypatch, tmp_path):
+    """Catches the cancellation in sum x x^T - n mu mu^T, which leaves negative eigenvalues, and
+    rows that a computation in parts leaves out."""
+    monkeypatch.setattr(fid, "STATISTICS", SIZES)
+    noise = torch.randn(2500, 11, generator=torch.Generator().manual_seed(0)) * 1e-5
+    features = (1000 + noise.double()).float()
+    side = Side(npz(tmp_path / "images.npz", arr_0=np.zeros((2500, 1, 1, 3), np.uint8)))
+    side.measure(lambda images: (features[:, :6], features[:, 6:], features), 2500, "cpu")
+    x = features.double().numpy()
+    mu, sigma, _, sigma_s = side.statistics.values()
+    np.testing.assert_allclose(mu, x[:, :6].mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(x[:, :6].T), rtol=1e-9, atol=1e-16)
+    np.testing.assert_allclose(sigma_s, np.cov(x[:, 6:].T), rtol=1e-9, atol=1e-16)
 
 
 # --- the whole command --------------------------------------------------------------------------
-
-
-def command(monkeypatch, *words):
-    """`python fid.py words`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, words)])
-    fid.run()
-
-
-def error_line(monkeypatch, *words):
-    """The one line that the command ends in."""
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, *words)
-    line = ended.value.code
-    assert isinstance(line, str) and line.startswith("fid.py: error: ") and "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -582,36 +634,43 @@ def album(tmp_path_factory):
     """Twelve images for reference and ten samples: as folders, as .npz, and as statistics."""
     folder = tmp_path_factory.mktemp("album")
     for name, n, seed in (("reference", 12, 0), ("samples", 10, 11)):
-        images = pictures(n, 8, 6, seed).numpy()
-        (folder / name / "folder").mkdir(parents=True)
-        for k, image in enumerate(images):
-            Image.fromarray(image).save(folder / name / "folder" / f"{k:02d}.png")
+        images = pictures(n, 8, 6, seed)
+        save_images(folder / name / "folder" / "within", images)
         npz(folder / name / "images.npz", arr_0=images)
         npz(folder / name / "statistics.npz", **statistics(images), n=n, extractor_sha256=SHA)
-        others = pictures(7, 8, 6, seed + 1).numpy()             # as in ADM's files
+        others = pictures(7, 8, 6, seed + 1)                     # as in ADM's files
         npz(folder / name / "both.npz", arr_0=others, **statistics(images))
     return folder
 
 
-def expected_result(album, a, b):
-    """The metrics of two sides by their definitions; images of both.npz are those of a subset."""
-    numbers, found = {"reference": 12, "samples": 10}, {}
-    stats, images = {}, {}
-    for name, seed, kind in (("reference", 0, a), ("samples", 11, b)):
-        everything = pictures(numbers[name], 8, 6, seed)
+@pytest.fixture
+def result_of(monkeypatch, small, tmp_path):
+    """Runs `python fid.py words --json FILE`; returns what the file holds."""
+    def result_of(*words):
+        run(monkeypatch, fid, *words, "--json", tmp_path / "r.json")
+        return json.loads((tmp_path / "r.json").read_text())
+
+    return result_of
+
+
+def expected_result(a, b, distance=literal.half_squared_distance):
+    """The metrics of two sides of the album by their definitions."""
+    found, stats, images = {}, {}, {}
+    for name, n, seed, kind in (("reference", 12, 0, a), ("samples", 10, 11, b)):
+        everything = pictures(n, 8, 6, seed)
         stats[name] = statistics(everything)
         if kind != "statistics.npz":
             images[name] = pictures(7, 8, 6, seed + 1) if kind == "both.npz" else everything
     for metric, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        found[metric] = literal.frechet(*(stats[name][key] for name in numbers
+        found[metric] = literal.frechet(*(stats[name][key] for name in stats
                                           for key in (mu, sigma)))
+    outputs = {name: SmallNet()(torch.from_numpy(x)) for name, x in images.items()}
     if "samples" in images:
-        probabilities = SmallNet()(images["samples"])[2].double().numpy()
+        probabilities = outputs["samples"][2].double().numpy()
         found["Inception Score"] = literal.inception_score(probabilities, 5000)
     if len(images) == 2:
-        pools = (SmallNet()(images[name])[0].numpy() for name in numbers)
         found["Precision"], found["Recall"] = literal.precision_recall(
-            *pools, distance=literal.half_squared_distance)
+            *(outputs[name][0].double().numpy() for name in stats), distance=distance)
     return found
 
 
@@ -619,14 +678,11 @@ KINDS = "folder", "images.npz", "statistics.npz", "both.npz"
 
 
 @pytest.mark.parametrize("a, b", list(itertools.product(KINDS, KINDS)))
-def test_the_command_gives_each_metric_by_its_definition(monkeypatch, album, small, tmp_path,
-                                                         capsys, a, b):
+def test_the_command_gives_each_metric_by_its_definition(album, result_of, capsys, a, b):
     """Folder of images, .npz of images, of statistics, or of both, against each, to its JSON.
-    Forbids a crash after all the work, and statistics or images taken from the wrong side."""
-    paths = album / "reference" / a, album / "samples" / b
-    command(monkeypatch, *paths, "--json", tmp_path / "r.json", "--batch", 5)
-    result = json.loads((tmp_path / "r.json").read_text())
-    expected = expected_result(album, a, b)
+    Catches a crash after all the work, and statistics or images taken from the wrong side."""
+    result = result_of(album / "reference" / a, album / "samples" / b, "--batch 5")
+    expected = expected_result(a, b)
     got = {name: result[name] for name in METRICS if name in result}
     assert got == pytest.approx(expected, rel=1e-6)
     assert result["n_reference"] == (None if a == "both.npz" else 12)
@@ -635,103 +691,82 @@ def test_the_command_gives_each_metric_by_its_definition(monkeypatch, album, sma
     assert result["torch"] == torch.__version__
     printed = capsys.readouterr().out
     for name, value in expected.items():
-        assert f"\n{name + ':':<17}{value:.6g}\n" in printed
+        assert re.search(f"\n{name}: +{re.escape(f'{value:.6g}')}\n", printed)
     for side, kind in (("reference", a), ("samples", b)):
-        unknown = [f"{side}: extractor unknown, the file of statistics does not name it",
-                   f"{side}: statistics of an unknown number of images"]
-        for line in unknown:
+        for line in (f"{side}: the file of statistics does not name its network",
+                     f"{side}: statistics of an unknown number of images"):
             assert (line in result["caveats"]) == (kind == "both.npz")
     assert printed.count("caveat: ") == len(result["caveats"])
     without = "statistics without images: no precision, no recall"
     assert (without in result["caveats"]) == ("statistics.npz" in (a, b))
 
 
-def test_a_folder_that_is_not_there_any_more_leaves_the_old_result(monkeypatch, album, small,
-                                                                    tmp_path):
-    """And so does a failure while writing: the file changes in one step or not at all."""
-    (tmp_path / "r.json").write_text("old")
-    error_line(monkeypatch, album / "nowhere", album / "samples" / "folder",
-               "--json", tmp_path / "r.json")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fid.write(tmp_path / "r.json", fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
-    assert (tmp_path / "r.json").read_text() == "old"
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_statistics_give_the_same_distances_and_name_their_network(monkeypatch, album, small,
-                                                                         tmp_path, capsys, kind):
-    """The keys are ADM's.  What the file did not know is not made up."""
+def test_saved_statistics_give_the_same_distances(monkeypatch, album, result_of, tmp_path, kind):
+    """The keys are ADM's.  Catches a number of images or a network made up for a file that does not
+    say them, and the statistics of the samples."""
     path = tmp_path / "statistics.npz"
-    command(monkeypatch, album / "reference" / kind, "--save-stats", path)
-    assert f"wrote {path}\n" in capsys.readouterr().out
+    for samples in ("", album / "samples" / "folder"):           # it may replace its own result
+        run(monkeypatch, fid, album / "reference" / kind, samples, "--save-stats", path)
     with np.load(path) as file:
-        found = {key: file[key] for key in file.files}
-    said = {} if kind == "both.npz" else {"n": 12, "extractor_sha256": SHA}
-    assert {key: found.pop(key).item() for key in said} == said
+        found = dict(file)
     expected = statistics(pictures(12, 8, 6, 0))
-    assert found.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-9, atol=1e-9)
-    command(monkeypatch, path, album / "samples" / "folder", "--json", tmp_path / "r.json")
-    result = json.loads((tmp_path / "r.json").read_text())
-    distances = expected_result(album, "statistics.npz", "folder")
+        np.testing.assert_allclose(found.pop(key), value, rtol=1e-9, atol=1e-9)
+    known = {"n": 0, "extractor_sha256": ""} if kind == "both.npz" else {
+        "n": 12, "extractor_sha256": SHA}
+    assert {key: value.item() for key, value in found.items()} == known
+    result = result_of(path, album / "samples" / "folder")
+    distances = expected_result("statistics.npz", "folder")
     assert {key: result[key] for key in distances} == pytest.approx(distances, rel=1e-6)
+    assert result["n_reference"] == (known["n"] or None)
+    nameless = "reference: the file of statistics does not name its network"
+    assert (nameless in result["caveats"]) == (kind == "both.npz")
 
 
-def test_statistics_of_another_network_are_refused(monkeypatch, album, small, tmp_path):
-    """Against images, against other statistics, and against the weights on the command line."""
-    stats = statistics(pictures(12, 8, 6))
+def test_statistics_of_another_network_are_refused(monkeypatch, album, result_of, tmp_path):
+    """Against images, against other statistics, and beside images in one file."""
+    stats, images = statistics(pictures(12, 8, 6)), pictures(7, 8, 6)
     other = npz(tmp_path / "other.npz", **stats, n=12, extractor_sha256="f" * 64)
+    both = npz(tmp_path / "both.npz", **stats, arr_0=images, extractor_sha256="f" * 64)
     nameless = npz(tmp_path / "nameless.npz", **stats, n=12)
-    for words in ((other, album / "samples" / "folder"),
-                  (album / "samples" / "images.npz", other),
-                  (album / "reference" / "statistics.npz", other),
-                  (other, nameless, "--inception", "weights")):
-        line = error_line(monkeypatch, *words)
+    for path, words in ((other, (other, album / "samples" / "folder")),
+                        (other, (album / "samples" / "images.npz", other)),
+                        (other, (album / "reference" / "statistics.npz", other)),
+                        (both, (nameless, both))):
+        line = error_line(monkeypatch, fid, *words)
         assert "features of different networks" in line
-        assert f"{other} with ffffffffffff..." in line and "with 0123456789ab..." in line
-    command(monkeypatch, other, nameless, "--json", tmp_path / "r.json")
-    result = json.loads((tmp_path / "r.json").read_text())
+        assert f"{path} with ffffffffffff..." in line and "with 0123456789ab..." in line
+    result = result_of(other, nameless)
     assert result["extractor_sha256"] == "f" * 64
-    assert "samples: extractor unknown, the file of statistics does not name it" in (
-        result["caveats"])
-    command(monkeypatch, nameless, nameless, "--json", tmp_path / "r.json")
-    result = json.loads((tmp_path / "r.json").read_text())
+    assert "samples: the file of statistics does not name its network" in result["caveats"]
+    result = result_of(nameless, nameless)
     assert result["extractor_sha256"] is None and result["FID"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_precision_that_is_asked_for_arrives(monkeypatch, album, small, tmp_path):
-    """Forbids a --pr-dtype that changes nothing: on these images float16 and float32 differ."""
-    pools = [SmallNet()(pictures(n, 8, 6, seed))[0].double().numpy()
-             for n, seed in ((12, 0), (10, 11))]
-    results = {}
+def test_pr_dtype_chooses_the_precision_of_distances(album, result_of):
+    """Catches a --pr-dtype that changes nothing: on these images float16 and float32 differ."""
+    sides, results = [album / side / "images.npz" for side in ("reference", "samples")], {}
     for name, distance in (("half", literal.half_squared_distance),
                            ("float", literal.squared_distance)):
-        command(monkeypatch, *(album / side / "images.npz" for side in ("reference", "samples")),
-                "--json", tmp_path / "r.json", "--pr-dtype", name)
-        result = json.loads((tmp_path / "r.json").read_text())
-        results[name] = result["Precision"], result["Recall"]
-        assert results[name] == pytest.approx(literal.precision_recall(*pools, distance=distance))
-        said = "precision and recall are in float32, ADM's are in float16" in result["caveats"]
-        assert said == (name == "float") and result["pr_dtype"] == name
+        result = result_of(*sides, "--pr-dtype", name)
+        expected = expected_result("images.npz", "images.npz", distance)
+        results[name] = [result["Precision"], result["Recall"]]
+        assert results[name] == pytest.approx([expected["Precision"], expected["Recall"]])
+        caveat = "precision and recall are in float32, ADM's are in float16" in result["caveats"]
+        assert caveat == (name == "float") and result["pr_dtype"] == name
     assert results["half"] != results["float"]
 
 
-def test_two_processes_give_the_numbers_of_the_features(weights, net, tmp_path):
-    """The command as it is, Inception too, under torchrun against its features taken at once."""
-    images = [pictures(7, 24, 32, seed).numpy() for seed in (0, 1)]
+def test_two_processes_give_the_numbers_of_one(weights, net, tmp_path):
+    """The command as it is, Inception too, under torchrun, against features computed at once."""
+    images = [pictures(5, 24, 32, seed) for seed in (0, 1)]
     paths = [npz(tmp_path / name, arr_0=x) for name, x in zip(("a.npz", "b.npz"), images)]
     process = launch("fid.py", *paths, f"--json two.json --inception {weights} --any-weights",
                      "--batch 2 --device cpu --save-stats stats.npz", processes=2, cwd=tmp_path)
-    printed, errors = process.communicate()
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert printed.count("FID:") == 2 and printed.count("wrote stats.npz") == 1
+    assert printed.count("\nFID:") == 1 and printed.count("wrote stats.npz") == 1
     result = json.loads((tmp_path / "two.json").read_text())
     (pool, spatial, _), (pool2, spatial2, probabilities) = (
         [x.double().numpy() for x in net(torch.from_numpy(x))] for x in images)
@@ -743,34 +778,42 @@ def test_two_processes_give_the_numbers_of_the_features(weights, net, tmp_path):
     assert result["extractor_sha256"] == digest
     with np.load(tmp_path / "stats.npz") as file:
         assert {key: file[key].shape for key in fid.STATISTICS} == fid.STATISTICS
-        assert file["n"] == 7 and file["extractor_sha256"] == digest
+        assert file["n"] == 5 and file["extractor_sha256"] == digest
 
 
-def test_every_option_and_the_rank_arrive_where_they_act(monkeypatch, album, small):
-    """Forbids ranks that each measure everything, any weights unasked, a batch of its own choice,
-    and a report of every rank."""
-    calls = []
-    monkeypatch.setattr(fid, "load_inception", lambda *words: calls.append(words) or (
+@pytest.mark.parametrize("local", (0, 2))
+def test_the_process_of_a_node_uses_its_own_gpu_without_tf32(monkeypatch, album, small, local):
+    """Catches the rank of the whole job taken as the number of the GPU, TF32 left on, weights that
+    every process of a node downloads at once, and any weights accepted unasked."""
+    events, images = [], album / "samples" / "images.npz"
+    monkeypatch.setattr(fid, "load_inception", lambda *words: events.append(words) or (
         SmallNet(), SHA))
-    monkeypatch.setattr(Side, "measure", lambda self, net, *words: calls.append(words))
-    monkeypatch.setattr(fid.dist, "init_process_group", calls.append)
-    monkeypatch.setattr(fid.dist, "barrier", lambda: None)
-    monkeypatch.setattr(fid, "report", lambda *_: pytest.fail("rank 1 reports"))
-    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 3)):
+    monkeypatch.setattr(Side, "measure", lambda self, net, batch, device: events.append(
+        (batch, device, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)))
+    monkeypatch.setattr(fid.dist, "barrier", lambda: events.append("wait"))
+    monkeypatch.setattr(fid.dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(fid, "report", lambda *_: pytest.fail("rank 5 reports"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for name, value in (("RANK", 5), ("LOCAL_RANK", local), ("WORLD_SIZE", 6)):
         monkeypatch.setenv(name, str(value))
-    images = album / "samples" / "images.npz"
-    words = images, images, "--inception", "weights", "--device", "cpu", "--batch", 5
-    command(monkeypatch, *words)
-    assert calls == ["gloo", ("weights", False), (5, "cpu", 1, 3), (5, "cpu", 1, 3)]
-    command(monkeypatch, *words, "--any-weights")
-    assert calls[5] == ("weights", True)
+    for choice in ("", "--any-weights"):
+        run(monkeypatch, fid, images, images, "--inception weights --batch 5", choice)
+        load, measured = ("weights", bool(choice)), (5, f"cuda:{local}", False, False)
+        turns = ["wait", load, "wait"] if local else [load, "wait", "wait"]
+        assert events == [*turns, measured, measured]
+        events.clear()
 
 
-def test_what_makes_numbers_incomparable_is_said(monkeypatch, album, small, tmp_path, capsys):
+# --- what is printed beside the numbers ---------------------------------------------------------
+
+
+def test_every_reason_against_a_comparison_is_printed(monkeypatch, album, small, tmp_path, capsys):
     (tmp_path / "jpegs").mkdir()
-    for k, image in enumerate(pictures(4, 9, 5).numpy()):
+    for k, image in enumerate(pictures(4, 9, 5)):
         Image.fromarray(image).save(tmp_path / "jpegs" / f"{k}.JPG")
-    command(monkeypatch, album / "reference" / "images.npz", tmp_path / "jpegs", "--crop", 4)
+    run(monkeypatch, fid, album / "reference" / "images.npz", tmp_path / "jpegs", "--crop 4")
     printed = capsys.readouterr().out
     for line in ("the network's weights are not ADM's", "n = 4 samples, not 50,000",
                  "reference: n = 12 < 2048, the covariance is singular",
@@ -779,36 +822,37 @@ def test_what_makes_numbers_incomparable_is_said(monkeypatch, album, small, tmp_
                  "samples are JPEG"):
         assert f"caveat: {line}" in printed
     assert "12 images of 6 x 8\n" in printed and "4 images of 4 x 4\n" in printed
-    assert f"extractor: Inception v3 of 2015, SHA-256 {SHA}\n" in printed
+    assert f" {SHA}\n" in printed
 
 
-def test_a_comparison_like_the_published_ones_has_no_caveat():
-    side = SimpleNamespace(n=50_000, extractor=fid.WEIGHTS_SHA256)
-    side.images = type("Images", (), {"size": (8, 8), "__len__": lambda self: 4})()
-    options = SimpleNamespace(crop=None, pr_dtype="half")
-    assert fid.caveats(side, side, options, fid.WEIGHTS_SHA256) == []
-    side.n = 49_999
-    (line,) = fid.caveats(side, side, options, fid.WEIGHTS_SHA256)
-    assert line.startswith("n = 49999 samples, not 50,000")
-    side.n = 2047
-    found = fid.caveats(side, side, options, fid.WEIGHTS_SHA256)
-    assert "reference: n = 2047 < 2048, the covariance is singular" in found
-    side.n = 2048
-    (line,) = fid.caveats(side, side, options, fid.WEIGHTS_SHA256)
-    assert line.startswith("n = 2048 samples, not 50,000")
+@pytest.mark.parametrize("n, caveats", [
+    (50_000, []),
+    (49_999, ["n = 49999 samples, not 50,000: FID is larger the fewer there are"]),
+    (2048, ["n = 2048 samples, not 50,000: FID is larger the fewer there are"]),
+    (2047, ["n = 2047 samples, not 50,000: FID is larger the fewer there are",
+            "reference: n = 2047 < 2048, the covariance is singular",
+            "samples: n = 2047 < 2048, the covariance is singular"])])
+def test_a_comparison_like_the_published_ones_has_no_caveat(monkeypatch, result_of, tmp_path, n,
+                                                            caveats):
+    """Except that statistics alone, which stand for the images here, give no precision."""
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", SHA)
+    path = npz(tmp_path / "s.npz", **statistics(pictures(12, 8, 6)), n=n, extractor_sha256=SHA)
+    found = result_of(path, path)["caveats"]
+    assert found.pop(bool(caveats)) == "statistics without images: no precision, no recall"
+    assert found == caveats
 
 
-def test_samples_sorted_by_class_are_noticed():
-    side = SimpleNamespace(n=10_000, extractor=fid.WEIGHTS_SHA256)
-    side.images = type("Images", (), {"size": (8, 8), "__len__": lambda self: 10_000})()
-    side.probs = torch.eye(4).repeat_interleave(2500, dim=0) * 0.9 + 0.025
-    options = SimpleNamespace(crop=None, pr_dtype="half")
-    (line,) = (line for line in fid.caveats(side, side, options, fid.WEIGHTS_SHA256)
-               if line.startswith("samples seem sorted by class; shuffled, Inception Score "))
-    side.probs = side.probs[torch.randperm(10_000)]
-    assert float(line.split()[-1]) == pytest.approx(inception_score(side.probs), rel=0.02)
-    assert not any("sorted" in line for line in
-                   fid.caveats(side, side, options, fid.WEIGHTS_SHA256))
+def test_samples_sorted_by_class_are_noticed(result_of, album, tmp_path):
+    """Their Inception Score is that of chunks of one class; the caveat has that of mixed ones."""
+    one, other = pictures(2, 8, 6, seed=3)
+    images, rng = np.stack([one, other]).repeat(5000, axis=0), np.random.default_rng(0)
+    reference, path = album / "reference" / "statistics.npz", tmp_path / "samples.npz"
+    found = result_of(reference, npz(path, arr_0=images), "--batch 5000")
+    assert found["Inception Score"] == pytest.approx(1)
+    (line,) = (line for line in found["caveats"] if line.startswith("samples seem sorted by class"))
+    mixed = result_of(reference, npz(path, arr_0=rng.permutation(images)), "--batch 5000")
+    assert float(line.split()[-1]) == pytest.approx(mixed["Inception Score"], rel=0.01)
+    assert mixed["Inception Score"] > 1.1 and "sorted" not in str(mixed["caveats"])
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -816,171 +860,200 @@ def test_samples_sorted_by_class_are_noticed():
 
 def bad_inputs(folder):
     (folder / "empty").mkdir()
-    for name, sizes in (("three", [(9, 8)] * 3), ("mixed", [(9, 8)] * 3 + [(8, 9)])):
-        (folder / name).mkdir()
-        for k, size in enumerate(sizes):
-            Image.new("RGB", size).save(folder / name / f"{k}.png")
+    save_images(folder / "three", pictures(3, 8, 9))
+    save_images(folder / "mixed", [*pictures(3, 8, 9), *pictures(1, 9, 8)])
     (folder / "broken").mkdir()
-    (folder / "broken" / "0.png").write_bytes(b"no image")
-    images = pictures(4, 8, 8).numpy()
+    for k in range(4):
+        (folder / "broken" / f"{k}.png").write_bytes(b"no image")
+    images = pictures(4, 8, 8)
+    for name, array in {
+        "float": images / 255, "grey": images[..., :1], "none": images[:0], "thin": images[:, :0],
+        "flat": images[0], "few": images[:3], "fortran": np.asfortranarray(images),
+        "pickle": np.array([{}], dtype=object),
+    }.items():
+        npz(folder / f"{name}.npz", arr_0=array)
     npz(folder / "key.npz", images=images)
-    npz(folder / "float.npz", arr_0=images / 255)
-    npz(folder / "grey.npz", arr_0=images[..., :1])
-    npz(folder / "none.npz", arr_0=images[:0])
-    npz(folder / "thin.npz", arr_0=images[:, :0])
-    npz(folder / "flat.npz", arr_0=images[0])
-    npz(folder / "few.npz", arr_0=images[:3])
-    npz(folder / "fortran.npz", arr_0=np.asfortranarray(images))
-    npz(folder / "pickle.npz", arr_0=np.array([{}], dtype=object))
+    npz(folder / "line.npz", **{"a\nb": images})
+    npz(folder / "many.npz", **{f"{k:0200d}": np.zeros(1) for k in range(300)})
     (folder / "text.npz").write_text("hello")
-    stats = statistics(images)
+    (folder / "random.npz").write_bytes(np.random.default_rng(0).bytes(3000))
+    np.save(folder / "array.npy", images)
+    good = statistics(images)
     for name, change in {
         "shape": {"mu": np.zeros(3)}, "indefinite": {"sigma_s": -np.eye(5)},
-        "asymmetric": {"sigma": changed(np.eye(6), 0, 1, 0.5)},
-        "complex": {"sigma": 1j * np.eye(6)},
-        "infinite": {"mu_s": np.full(5, np.inf)}, "single": {"n": 1}, "words": {"n": "many"},
+        "asymmetric": {"sigma": changed(np.eye(6), 0, 1, 0.5)}, "words": {"n": "many"},
+        "complex": {"sigma": 1j * np.eye(6)}, "infinite": {"mu_s": np.full(5, np.inf)},
     }.items():
-        npz(folder / f"{name}.npz", **stats | change)
-    npz(folder / "part.npz", mu=stats["mu"])
+        npz(folder / f"{name}.npz", **good | change)
+    npz(folder / "part.npz", mu=good["mu"])
+    for name, n in (("long", 5), ("endless", 10**30)):           # promise more than they hold
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": (n, 2, 2, 3)})
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
+            archive.writestr("arr_0.npy", header.getvalue() + bytes(4 * 12))
+
+
+KIND = "is not an .npz of images or of statistics ("
 
 
 @pytest.mark.parametrize("name, message", [
     ("nothing", "no file or folder at '"),
-    ("empty", "holds no images"),
+    ("empty", "holds 0 images; precision and recall need four, a comparison 50,000"),
     ("three", "holds 3 images; precision and recall need four, a comparison 50,000"),
     ("few.npz", "holds 3 images; precision and recall need four, a comparison 50,000"),
-    ("mixed", "are of different sizes, 8 x 9 and 9 x 8; --crop SIZE makes them one"),
+    ("mixed", "have different sizes, 8 x 9 and 9 x 8; --crop SIZE makes them equal"),
     ("broken", "0.png: unreadable image"),
-    ("key.npz", "has neither arr_0 nor mu; it has images"),
-    ("float.npz", "arr_0 is float64 (4, 8, 8, 3); images are uint8 (N, H, W, 3)"),
-    ("grey.npz", "arr_0 is uint8 (4, 8, 8, 1); images are uint8"),
-    ("none.npz", "arr_0 is uint8 (0, 8, 8, 3); images are uint8"),
-    ("thin.npz", "arr_0 is uint8 (4, 0, 8, 3); images are uint8"),
-    ("flat.npz", "arr_0 is uint8 (8, 8, 3); images are uint8"),
-    ("fortran.npz", "arr_0 is in Fortran's order; save it in C's"),
+    ("key.npz", KIND + "neither arr_0 nor mu, but images)"),
+    ("line.npz", KIND + "neither arr_0 nor mu, but a b)"),
+    ("many.npz", KIND + "neither arr_0 nor mu, but 000"),
+    ("float.npz", "arr_0 has 6144 bytes, float64 (4, 8, 8, 3), fortran_order=False; images are "
+                  "uint8 (N, H, W, 3), in C's order"),
+    ("grey.npz", "uint8 (4, 8, 8, 1), fortran_order=False; images are uint8"),
+    ("none.npz", "uint8 (0, 8, 8, 3), fortran_order=False; images are uint8"),
+    ("thin.npz", "uint8 (4, 0, 8, 3), fortran_order=False; images are uint8"),
+    ("flat.npz", "uint8 (8, 8, 3), fortran_order=False; images are uint8"),
+    ("fortran.npz", "uint8 (4, 8, 8, 3), fortran_order=True; images are uint8"),
+    ("long.npz", "arr_0 has 48 bytes, uint8 (5, 2, 2, 3)"),
+    ("endless.npz", "arr_0 has 48 bytes, uint8 (1000000"),
     ("pickle.npz", "images are uint8 (N, H, W, 3)"),
-    ("text.npz", "is not a readable .npz (BadZipFile)"),
-    ("words.npz", "is not a readable .npz (ValueError)"),
-    ("part.npz", "has mu, not all of mu, sigma, mu_s, sigma_s"),
-    ("shape.npz", "has statistics of shapes {'mu': (3,)"),
-    ("indefinite.npz", "sigma_s is no covariance: it has the eigenvalue -1; make the file again"),
-    ("asymmetric.npz", "sigma is no covariance: entries (i, j) and (j, i) differ by 0.5"),
-    ("complex.npz", "sigma is complex128, not real"),
-    ("infinite.npz", "mu_s is not finite; make the file again, from images, with --save-stats"),
-    ("single.npz", "n is 1; a covariance needs 2 images"),
+    ("text.npz", KIND), ("random.npz", KIND), ("array.npy", KIND), ("words.npz", KIND),
+    ("part.npz", KIND + "statistics of shapes {'mu': (6,)}, not "),
+    ("shape.npz", KIND + "statistics of shapes {'mu': (3,)"),
+    ("indefinite.npz", KIND + "the covariance has a negative eigenvalue)"),
+    ("asymmetric.npz", KIND + "the covariance is not symmetric)"),
+    ("complex.npz", "complex128"),
+    ("infinite.npz", KIND + "mean or covariance is not finite)"),
 ])
 def test_bad_input_is_one_line_that_names_it(monkeypatch, album, small, tmp_path, name, message):
     bad_inputs(tmp_path)
     for sides in ((tmp_path / name, album / "samples" / "images.npz"),
                   (album / "reference" / "statistics.npz", tmp_path / name)):
-        line = error_line(monkeypatch, *sides)
+        line = error_line(monkeypatch, fid, *sides)
         assert message in line and str(tmp_path / name) in line
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "the following arguments are required: REFERENCE; --help lists the options"),
-    ("STATS", "nothing to do: give SAMPLES, or --save-stats FILE"),
-    ("STATS --save-stats s.npz --json r.json", "--json needs SAMPLES"),
-    ("STATS STATS --batch 0", "--batch 0 must be at least 1"),
+    ("", "the following arguments are required: REFERENCE"),
+    ("STATS", "SAMPLES is missing; without it, only --save-stats has something to do"),
+    ("STATS --save-stats s.npz --json r.json", "SAMPLES is missing"),
+    ("STATS STATS --batch 0", "--batch and --crop must be at least 1"),
     ("STATS STATS --batch few", "argument --batch: invalid int value: 'few'"),
-    ("STATS STATS --crop 0", "--crop 0 must be at least 1"),
+    ("STATS STATS --crop 0", "--batch and --crop must be at least 1"),
     ("STATS STATS --crop 8", "--crop 8 is for folders of images, and there is none"),
-    ("STATS STATS --device foo", "--device foo: "),
-    ("STATS STATS --device meta", "--device meta: "),
-    ("STATS STATS --json nowhere/r.json", "--json 'nowhere/r.json' cannot be written"),
-    ("STATS STATS --json .", "--json '.' cannot be written: it must be a file in a folder"),
-    ("STATS STATS --save-stats nowhere/s.npz", "--save-stats 'nowhere/s.npz' cannot be written"),
-    ("STATS STATS --save-stats STATS", "would overwrite what is compared"),
-    ("IMAGES STATS --json STATS", "would overwrite what is compared"),
+    ("STATS STATS --device foo", "--device foo ("),
+    ("STATS STATS --device meta", "--device meta ("),
+    ("STATS STATS --json nowhere/r.json", "--json 'nowhere/r.json': there is no folder"),
+    ("STATS STATS --save-stats nowhere/s.npz", "--save-stats 'nowhere/s.npz': there is no folder"),
+    ("STATS OTHER --save-stats STATS", "--save-stats would replace one of the inputs"),
+    ("STATS OTHER --save-stats OTHER", "--save-stats would replace one of the inputs"),
     ("STATS STATS --pr-dtype double", "invalid choice: 'double'"),
     ("STATS STATS --colour", "unrecognized arguments: --colour"),
+    # an unset $VARIABLE is neither the current folder nor an option that was not given
+    ("'' STATS", "no file or folder at ''"),
+    ("STATS ''", "no file or folder at ''"),
+    ("STATS STATS --json ''", "--json '': there is no folder"),
+    ("STATS STATS --save-stats ''", "--save-stats '': there is no folder"),
 ])
 def test_an_option_that_cannot_act_is_refused_before_any_work(monkeypatch, album, small, tmp_path,
-                                                              words, message):
+                                                              capsys, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
     words = words.replace("STATS", f"{album / 'reference' / 'statistics.npz'}")
-    words = words.replace("IMAGES", f"{album / 'samples' / 'images.npz'}")
-    assert message in error_line(monkeypatch, *words.split())
-    assert not list(tmp_path.iterdir())
+    words = words.replace("OTHER", f"{album / 'samples' / 'statistics.npz'}")
+    with pytest.raises((ValueError, OSError, SystemExit)) as ended:
+        run(monkeypatch, fid, words)
+    line = capsys.readouterr().err if ended.type is SystemExit else str(ended.value)
+    assert message in line.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
-def test_an_empty_word_is_not_a_path(monkeypatch, album, small, tmp_path):
-    """An unset $VARIABLE is neither the current folder nor an option that was not given."""
-    monkeypatch.chdir(tmp_path)
-    stats = album / "reference" / "statistics.npz"
-    for words in (("", stats), (stats, "")):
-        assert "no file or folder at ''" in error_line(monkeypatch, *words)
-    for option in ("--json", "--save-stats"):
-        assert f"{option} '' cannot be written" in error_line(monkeypatch, stats, stats, option, "")
+@pytest.mark.parametrize("option", ("--save-stats", "--json"))
+def test_no_file_is_replaced_that_the_option_could_not_have_written(monkeypatch, album, small,
+                                                                    tmp_path, option):
+    """Catches `--save-stats a.npz b.npz`, where the file's name was forgotten: the archive of
+    images a.npz became statistics."""
+    monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
+    reference, result = album / "reference", b'{"FID": 1, "extractor_sha256": ""}'
+    statistics_file = (reference / "statistics.npz").read_bytes()
+    for name, content in {
+        "images.npz": (reference / "images.npz").read_bytes(),
+        "both.npz": (reference / "both.npz").read_bytes(),
+        "photo.png": png("RGB", 8, [(1, 2, 3)]).getvalue(),
+        "notes.json": b'{"FID": 1}', "list.json": b"[1, 2]", "number.json": b"3", "empty": b"",
+        "other": result if option == "--save-stats" else statistics_file,
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        line = error_line(monkeypatch, fid, reference / "folder", reference / "both.npz", option,
+                          path)
+        assert f"{option} {path} would replace another kind of file; choose a new name" in line
+        assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+        path.unlink()
+    line = error_line(monkeypatch, fid, reference / "folder", reference, option, tmp_path)
+    assert f"{option} {tmp_path} would replace another kind of file" in line
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")])
-def test_out_of_memory_names_the_option_that_helps(monkeypatch, error):
-    def fail():
-        raise error
+def test_a_failed_run_leaves_the_old_result(monkeypatch, album, result_of, tmp_path):
+    """Catches a file that is emptied first and written last: a full disk would leave half of it."""
+    sides = album / "reference" / "folder", album / "samples" / "folder"
+    stats = tmp_path / "s.npz"
+    result_of(*sides, "--save-stats", stats)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"r.json", "s.npz"}
 
-    monkeypatch.setattr(fid, "main", fail)
-    assert error_line(monkeypatch).endswith("out of memory; a smaller --batch needs less")
-    error = RuntimeError("a bug of ours")
-    with pytest.raises(RuntimeError, match="a bug of ours"):    # keeps its traceback
-        command(monkeypatch)
+    def full(file, *rest, **arrays):
+        if not isinstance(file, np.ndarray):
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((np, "savez"), (fid, "frechet_distance")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                result_of(*sides, "--save-stats", stats)
+        after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert after == before if name == "savez" else after.keys() == before.keys()
+        assert after["r.json"] == before["r.json"]
 
 
 def npz_bytes(**arrays):
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
+    return npz(io.BytesIO(), **arrays).getvalue()
 
 
-GOOD = (npz_bytes(arr_0=pictures(4, 4, 4).numpy()),
-        npz_bytes(**statistics(pictures(9, 4, 4)), n=9, extractor_sha256=SHA), b"\x80 weights")
+GOOD = (npz_bytes(arr_0=pictures(4, 4, 4)),
+        npz_bytes(**statistics(pictures(9, 4, 4)), n=9, extractor_sha256=SHA))
 
 
-def test_an_array_whose_name_holds_a_line_break_is_refused_in_one_line(tmp_path):
-    (tmp_path / "any.npz").write_bytes(npz_bytes(**{"a\nb": np.zeros(3)}))
-    with pytest.raises(ValueError, match="neither arr_0 nor mu; it has a b$"):
-        Side(tmp_path / "any.npz")
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(max_examples=150)
-@given(data=st.sampled_from(GOOD).flatmap(damaged), world=st.integers(1, 2))
-def test_any_bytes_are_images_statistics_weights_or_a_clean_error(tmp_path_factory, data, world):
+@given(data=st.sampled_from(GOOD).flatmap(damaged))
+def test_any_bytes_are_images_or_statistics_or_end_in_one_line(tmp_path_factory, data):
+    """Catches whatever numpy and zipfile raise for a damaged file, at once or while reading."""
     path = tmp_path_factory.getbasetemp() / "any.npz"
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fid, "STATISTICS", SIZES)
         try:
             side = Side(path)
-            for images in side.images.batches(2, 0, world) if side.images else ():
-                assert images.dtype == np.uint8 and images.shape[3] == 3
+            for start in range(0, side.count, 2):
+                assert side.read(start, start + 2).shape == (2, *side.size, 3)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
-    with pytest.raises(ValueError, match="is not a file of the network's weights"):
-        fid.load_inception(path, any_weights=True)
 
 
-def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
-    """Forbids an error after an hour, or one of Python's about numbers too large for len()."""
-    for n in (5, 10**30):
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "|u1", "fortran_order": False, "shape": (n, 2, 2, 3)})
-        with fid.zipfile.ZipFile(tmp_path / "long.npz", "w") as archive:
-            archive.writestr("arr_0.npy", header.getvalue() + bytes(4 * 12))
-        with pytest.raises(ValueError, match=f"arr_0 has 48 bytes, not the {n * 12} of its shape"):
-            Side(tmp_path / "long.npz")
+def test_the_file_alone_works_and_ends_in_one_line_in_the_shell(weights, tmp_path):
+    """Copied to an empty folder, as it needs nothing else of this repository.  Catches a traceback
+    where memory runs out, and a name with "memory" in it taken for that."""
+    shutil.copy(ROOT / "fid.py", tmp_path)
+    np.savez_compressed(tmp_path / "memory.npz", np.zeros((20_000, 8, 8, 3), np.uint8))
 
+    def ends(words, **settings):
+        done = subprocess.run([sys.executable, "fid.py", *words.split()], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=120, **settings)
+        return done.returncode, (done.stderr or done.stdout).splitlines()
 
-def test_the_file_alone_works_and_ends_in_one_line_in_the_shell(monkeypatch, tmp_path, capsys):
-    """Copied to an empty folder: it needs nothing else of this repository."""
-    (tmp_path / "fid.py").write_text((ROOT / "fid.py").read_text())
-    done = subprocess.run([sys.executable, "fid.py", "a", "b"], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and done.stderr == "fid.py: error: no file or folder at 'a'\n"
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "--help")
-    assert ended.value.code == 0 and "REFERENCE" in capsys.readouterr().out
+    assert ends("memory b") == (1, ["fid.py: error: no file or folder at 'memory'"])
+    code, lines = ends(f"memory.npz memory.npz --batch 20000 --inception {weights} --any-weights "
+                       f"--device cpu", preexec_fn=lambda: resource.setrlimit(
+                           resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30)))
+    assert code == 1
+    assert lines[-1] == "fid.py: error: out of memory; a smaller --batch needs less"

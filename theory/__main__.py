@@ -1,5 +1,5 @@
 """
-`python -m theory`: the verdict on every claim, as in section 9 of theory/README.md.
+`python -m theory`: the verdict on every claim; section 9 of theory/README.md explains the words.
 
     python -m theory            # 10 seconds on one thread; writes no file
     python -m theory --draw     # and the figures of theory/README.md, into assets/

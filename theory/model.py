@@ -3,13 +3,12 @@ The Gaussian model of Appendix A, in the order of theory/README.md, whose sectio
 
 Letters are the paper's: d values in an image, N patches of p, U (d, d) the orthonormal basis,
 lam (d,) the eigenvalues, falling; the first r are "low" frequency; t in (0, 1), where 0 is data and
-1 is noise.  The mean mu is 0 except in `draw_images`: it shifts everything and changes no operator.
-All covariances are exact matrices.  Formulas stand beside references that do not use them: a joint
-Gaussian to condition (`best_guess`), and images to draw (`draw_images`).
+1 is noise.  The mean is 0: it shifts everything and changes no operator.  All covariances are exact
+matrices.  `best_guess` conditions a joint Gaussian and knows none of the paper's formulas.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
 import scipy.fft
@@ -38,8 +37,7 @@ def image_basis(side, patch):
 
 def random_basis(d, p, seed=0):
     """A random rotation: "frequency" without any smoothness."""
-    return (scipy.stats.ortho_group.rvs(d, random_state=seed) if d > 1 else np.eye(1),
-            np.arange(d).reshape(-1, p))
+    return scipy.stats.ortho_group.rvs(d, random_state=seed), np.arange(d).reshape(-1, p)
 
 
 def decay(d, alpha):
@@ -74,7 +72,7 @@ def best_guess(target, seen, R):
     K = Cov(target, seen) Cov(seen)^-1 by least squares, which loses half the digits that the
     inverse would, and may be given observations that repeat themselves."""
     g, y = spread(target, R), spread(seen, R)
-    K = scipy.linalg.lstsq(y.T, g.T, cond=1e-10, lapack_driver="gelsy")[0].T
+    K = scipy.linalg.lstsq(y.T, g.T, cond=1e-12, lapack_driver="gelsy")[0].T
     rest = g - K @ y
     return K, rest @ rest.T
 
@@ -88,27 +86,17 @@ def gain(lam, t):
     return (t - (1 - t) * lam) / ((1 - t) ** 2 * lam + t**2)
 
 
-def gain_slope(lam, t):
-    """Its derivative by lam: - t (1 - t) / ((1-t)^2 lam + t^2)^2, negative for 0 < t < 1."""
-    return -t * (1 - t) / ((1 - t) ** 2 * lam + t**2) ** 2
-
-
-def gain_peak(lam):
-    """(t, gain): for lam < 1, where in t the gain is largest, and how large (exercise 2)."""
-    root = np.sqrt(lam)
-    return root * (1 + root) / (1 + lam), (1 + lam) / (2 * root)
-
-
 # -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianModel:
     """Assumptions A.3 to A.5 for one patch s and one t; x_0 = x_low + x_high ~ N(0, sigma)."""
 
     U: np.ndarray            # (d, d)
     lam: np.ndarray          # (d,)
-    pixels: np.ndarray       # (p,) the pixels of patch s
+    patches: np.ndarray      # (N, p) the pixels of each patch
+    s: int                   # the patch whose velocity is guessed
     r: int
     t: float
 
@@ -121,11 +109,11 @@ class GaussianModel:
     @cached_property
     def P(self):
         """(p, d): P x is patch s of x (below Definition A.1)."""
-        return np.eye(self.d)[self.pixels]
+        return np.eye(self.d)[self.patches[self.s]]
 
     @cached_property
     def Q(self):
-        """(d, d): P^T P keeps patch s and blanks the rest."""
+        """(d, d): P^T P keeps patch s and sets the rest to 0."""
         return self.P.T @ self.P
 
     @property
@@ -159,19 +147,15 @@ class GaussianModel:
     # Section 4: DiP, Eq. (13), (14), (16)
 
     @property
-    def A(self):
-        """Eq. (14)"""
-        return self.t * np.eye(self.d) - (1 - self.t) * self.sigma
-
-    @property
     def M(self):
         """Eq. (14)"""
         return np.linalg.inv((1 - self.t) ** 2 * self.sigma + self.t**2 * np.eye(self.d))
 
-    @property
+    @cached_property
     def dip_operator(self):
-        """P A M of Eq. (13)"""
-        return self.P @ self.A @ self.M
+        """P A M of Eq. (13), with A of Eq. (14)"""
+        A = self.t * np.eye(self.d) - (1 - self.t) * self.sigma
+        return self.P @ A @ self.M
 
     @property
     def gains(self):
@@ -185,10 +169,11 @@ class GaussianModel:
         t, I, zero = self.t, np.eye(self.d), np.zeros((self.d, self.d))
         x_t = (1 - t) * I, (1 - t) * I, t * I                            # Eq. (8)
         x_hat = (1 - t) * I, (1 - t) * self.Q, t * I                     # Eq. (25), from (9), (10)
+        detail = zero, I - self.Q, zero                                  # x_t - x_hat over 1 - t
         L = self.U[:, :self.r] @ self.U[:, :self.r].T                    # keeps low frequencies
         low = tuple(L @ F for F in x_t)
         own = tuple(self.P @ F for F in x_t)
-        seen = {"DiP": [x_t], "DiT": [x_hat], "both": [x_t, x_hat], "patch": [own],
+        seen = {"DiP": [x_t], "DiT": [x_hat], "both": [x_t, detail], "patch": [own],
                 "patch and low": [own, low], "nothing": [(zero, zero, zero)]}[who]
         return tuple(np.concatenate(parts) for parts in zip(*seen))
 
@@ -199,6 +184,11 @@ class GaussianModel:
     def smallest_error(self, who):
         """Mean squared error of the best guess, a pixel"""
         return np.trace(self.best_guess(who)[1]) / len(self.P)
+
+    @cache
+    def mean_error(self, who):
+        """The same, averaged over all patches"""
+        return np.mean([replace(self, s=s).smallest_error(who) for s in range(len(self.patches))])
 
     def error_of(self, K, who):
         """Mean squared error, a pixel, of any linear guess K seen."""
@@ -227,54 +217,40 @@ class GaussianModel:
         return self.P @ n * gain(nu, self.t) @ n.T
 
     @property
-    def dit_peak(self):
-        """What the norm of DiT's operator reaches over t, at least: along n_i, at the best t, it is
-        |P n_i| times the peak of the gain of nu_i < 1.  Those with nu_i = 0 have P n_i = 0."""
-        nu, n = self.hat_modes
-        here = (nu > 1e-24) & (nu < 1)
-        return (np.linalg.norm(self.P @ n[:, here], axis=0) * gain_peak(nu[here])[1]).max()
-
-    @property
-    def M_hat(self):
+    def B(self):
         """Eq. (14)"""
-        return np.linalg.inv((1 - self.t) ** 2 * self.sigma_hat + self.t**2 * np.eye(self.d))
+        return self.sigma_low + self.sigma_high @ self.Q
 
     @property
     def B_hat(self):
         """Eq. (14)"""
-        return self.t * np.eye(self.d) - (1 - self.t) * (self.sigma_low + self.sigma_high @ self.Q)
+        return self.t * np.eye(self.d) - (1 - self.t) * self.B
 
-    @property
+    @cached_property
+    def M_hat(self):
+        """Eq. (14)"""
+        return np.linalg.inv((1 - self.t) ** 2 * self.sigma_hat + self.t**2 * np.eye(self.d))
+
+    @cached_property
     def dit_operator(self):
         """P B_hat M_hat of Eq. (12)"""
         return self.P @ self.B_hat @ self.M_hat
 
-    @property
-    def C1(self):
-        """C_hat_1 of Eq. (33)"""
-        low = self.U[:, :self.r]
-        return low * (self.t - (1 - self.t) * self.lam[:self.r]) @ low.T
-
-    def C2(self, as_printed):
-        """C_hat_2 of Eq. (33): its first term is printed as t lam_i; B_hat makes it t."""
-        high = self.U[:, self.r:]
+    def C(self, as_printed):
+        """C_hat_1 + C_hat_2 of Eq. (33), should be B_hat: for t at high frequency, t lam_i."""
+        low, high, t = self.U[:, :self.r], self.U[:, self.r:], self.t
         first = self.sigma_high if as_printed else high @ high.T
-        return self.t * first - (1 - self.t) * self.sigma_high @ self.Q
-
-    @cached_property
-    def D_eigenvalues(self):
-        """(d,): (1-t)^2 lam_i + t^2 at low frequency, t^2 at high"""
-        low = np.where(np.arange(self.d) < self.r, self.lam, 0)
-        return (1 - self.t) ** 2 * low + self.t**2
+        return (low * (t - (1 - t) * self.lam[:self.r]) @ low.T
+                + t * first - (1 - t) * self.sigma_high @ self.Q)
 
     @property
     def D(self):
         """D_hat of Eq. (33)"""
-        return self.U * self.D_eigenvalues @ self.U.T
+        return (1 - self.t) ** 2 * self.sigma_low + self.t**2 * np.eye(self.d)
 
-    @property
+    @cached_property
     def D_inverse(self):
-        return self.U / self.D_eigenvalues @ self.U.T
+        return np.linalg.inv(self.D)
 
     @property
     def E(self):
@@ -284,18 +260,11 @@ class GaussianModel:
     def eq15(self, as_printed):
         """The four sums of Eq. (15), each (p, d): low, high, I_1, I_2.  As printed the second has
         lam_i / t, else 1 / t."""
-        t, lam, r, V, U = self.t, self.lam, self.r, self.V, self.U
-        low = V[:, :r] * self.gains[:r] @ U[:, :r].T
-        high = V[:, r:] * (lam[r:] / t if as_printed else 1 / t) @ U[:, r:].T
-        cross = (U.T @ self.Q @ U)[r:]                                   # u_i^T P^T P u_j, i > r
-        both = V[:, r:] @ (-(1 - t) * lam[r:, None] * cross / self.D_eigenvalues)
-        return low, high, both[:, :r] @ U[:, :r].T, both[:, r:] @ U[:, r:].T
-
-    @property
-    def next_term(self):
-        """- P (C1 + C2) D^-1 E D^-1: the first-order term that Eq. (34) has and (15) drops"""
-        C = self.C1 + self.C2(as_printed=False)
-        return -self.P @ C @ self.D_inverse @ self.E @ self.D_inverse
+        low, high = self.U[:, :self.r], self.U[:, self.r:]
+        factor = self.lam[self.r:] / self.t if as_printed else 1 / self.t
+        both = -(1 - self.t) * self.P @ self.sigma_high @ self.Q @ self.D_inverse
+        return (self.P @ low * self.gains[:self.r] @ low.T, self.P @ high * factor @ high.T,
+                both @ low @ low.T, both @ high @ high.T)
 
     @property
     def smallness(self):
@@ -304,29 +273,36 @@ class GaussianModel:
 
     # Section 7: a token of k dimensions
 
-    @property
-    def cov_v(self):
-        """Covariance of v*, DiP's best guess, in patch s: each frequency by itself"""
-        return self.V * cost_unseen(self.lam, self.t) @ self.V.T
-
     def token_costs(self, k, channels=1):
         """The least that a k-dimensional token adds to the error, per value of the patch, when
         DiP's best guess v* is read from it by W token ("v"), by (x_t - W token) / t ("x"), or by
-        G x_t + W token with the patch's own noisy pixels x_t ("skip": a linear skip).
-
-        W token lies in k dimensions, so what is left keeps at least the smallest eigenvalues of
-        its covariance; a token that holds the others attains this.  Channels are independent.
-        """
+        G x_t + W token with the patch's own noisy pixels x_t ("skip": a linear skip).  Channels are
+        independent."""
         V, g, t = self.V, self.gains, self.t
         noisy = (1 - t) ** 2 * self.lam + t**2                          # variances of x_t
-        cov_x = V * (((1 - t) * self.lam) ** 2 / noisy) @ V.T           # of E[x_0 | x_t]
-        cross = V * (g * noisy) @ V.T
-        cov_rest = self.cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
-        p, costs = channels * len(V), {}
-        for name, cov in (("v", self.cov_v), ("x", cov_x / t**2), ("skip", cov_rest)):
-            rising = np.sort(np.repeat(np.linalg.eigvalsh(cov), channels))
-            costs[name] = rising[:max(0, p - k)].sum() / p
-        return costs
+        cov_v = V * cost_unseen(self.lam, t) @ V.T                      # of v*
+        cov_x = V * cost_passed_on(self.lam, t) @ V.T                   # of E[x_0 | x_t] / t
+        cross = V * (g * noisy) @ V.T                                   # of v* and x_t
+        cov_rest = cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
+        return {name: token_cost(np.repeat(np.linalg.eigvalsh(cov), channels), k)
+                for name, cov in (("v", cov_v), ("x", cov_x), ("skip", cov_rest))}
+
+    def narrow_input_cost(self, k):
+        """What a guess of x_0 loses, over t^2, per value, if of each patch of x_t only the k
+        directions are seen in which the images vary most."""
+        x_0, x_t = (np.eye(self.d), np.eye(self.d), 0 * self.Q), self.observation("DiP")
+        keep = np.concatenate([np.linalg.eigh(self.sigma[np.ix_(p, p)])[1][:, -k:].T
+                               @ np.eye(self.d)[p] for p in self.patches])
+        error = [np.trace(best_guess(x_0, tuple(S @ F for F in x_t), self.R)[1])
+                 for S in (keep, np.eye(self.d))]
+        return (error[0] - error[1]) / self.d / self.t**2
+
+
+def token_cost(eigenvalues, k):
+    """The least that a token of k dimensions loses, per value: the sum of all but the k largest
+    eigenvalues of the covariance of what it must hold, over their number; over the last axis."""
+    p = eigenvalues.shape[-1]
+    return np.sort(eigenvalues)[..., :max(0, p - k)].sum(axis=-1) / p
 
 
 def cost_unseen(lam, t):
@@ -342,19 +318,4 @@ def cost_passed_on(lam, t):
 def two_pixels(t=0.5):
     """The example of section 2: two patches of one pixel each; patch 1, r = 1."""
     U = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
-    return GaussianModel(U, np.array([1, 1 / 3]), np.array([0]), r=1, t=t)
-
-
-def draw_images(model, mu, n, seed=0):
-    """Samples (x_0, eps, x_t, x_hat_t), each (n, d), drawn by their definitions: Eq. (6), and
-    x_hat_t patch by patch, x_t inside patch s; mean, low and noise outside (Eq. 9, 10)."""
-    rng, t = np.random.default_rng(seed), model.t
-    coefficients = rng.standard_normal((n, model.d)) * np.sqrt(model.lam)
-    eps = rng.standard_normal((n, model.d))
-    low = coefficients[:, :model.r] @ model.U[:, :model.r].T
-    high = coefficients[:, model.r:] @ model.U[:, model.r:].T
-    x_0 = mu + low + high
-    x_t = (1 - t) * x_0 + t * eps
-    x_hat = (1 - t) * (mu + low) + t * eps
-    x_hat[:, model.pixels] = x_t[:, model.pixels]
-    return x_0, eps, x_t, x_hat
+    return GaussianModel(U, np.array([1, 1 / 3]), np.array([[0], [1]]), s=0, r=1, t=t)
