@@ -105,12 +105,11 @@ def test_half_of_the_samples_are_of_each_of_two_seeds_and_classes_take_turns(mon
 
 def test_the_models_of_equal_flops_are_the_smallest_that_cost_as_much_as_the_unet_head():
     """Deeper and wider DiTs that the head is compared with; one step smaller costs less."""
-    for base, name, changes in (
-            (WIDE, "deeper", dict(depth=7)), (WIDE, "368 wide", dict(hidden_size=352)),
-            (NARROW, "272 wide", dict(hidden_size=256))):
-        unet, equal, below = (cost(base.replace(**c))[1] for c in (
-            UNET, models.changes_of(name, 8), changes))
-        assert below < unet <= equal
+    for base, name, field, step in ((WIDE, "deeper", "depth", 1), (WIDE, "368 wide",
+                                    "hidden_size", 16), (NARROW, "272 wide", "hidden_size", 16)):
+        config = base.replace(**models.changes_of(name, 8))
+        below = config.replace(**{field: getattr(config, field) - step})
+        assert cost(below)[1] < cost(base.replace(**UNET))[1] <= cost(config)[1]
 
 
 def test_narrow_tokens_are_narrower_than_a_patch_and_the_head_has_the_papers_proportion():
