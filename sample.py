@@ -459,6 +459,8 @@ def load_model(path, device="cpu", ema=True):
     state = read_file(path)
     with in_one_line(f"{path} is neither a checkpoint of train.py nor weights of a released DiP"):
         if "config" in state:
+            if not ema and "model" not in state:
+                raise ValueError("it has the averaged weights alone; leave out --no-ema")
             weights, info = state["ema" if ema else "model"], {key: state[key] for key in INFO}
             if state["config"]["depth"] + state["config"]["head_depth"] > len(weights):
                 raise ValueError("it has too few weights for its depth")     # DiP() might never end

@@ -539,6 +539,8 @@ def test_averaged_and_last_weights_are_told_apart(monkeypatch, trained, capsys):
         for model in (load_model(trained, ema=key == "ema")[0], seen[-1]):
             assert all(torch.equal(weight, state[key][name])
                        for name, weight in model.state_dict().items())
+    with pytest.raises(ValueError, match="it has the averaged weights alone; leave out --no-ema"):
+        load_model(sample.OUR_WEIGHTS, ema=False)
 
 
 def test_a_loaded_model_is_ready_to_draw_and_says_what_it_is(trained):
