@@ -22,7 +22,7 @@ LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet dist
           "to_tree": "distance to the tree", "from_tree": "distance from the tree",
           **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
 ANSWER = {               # what the first table of the page compares
-    "narrow, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
+    "16 for 48 values, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
     "wide, shapes, 2000": ("heads", "wide, shapes", 2000),
     "wide, shapes, 8000": ("heads", "wide, shapes, longer", 8000),
     "wide, photos, 2000": ("heads", "wide, photos", 2000),
