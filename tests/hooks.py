@@ -1,16 +1,17 @@
-"""What a process in the background changes in sample.py before its command begins."""
+"""What a process in the background changes in a command before it begins."""
 
 import os
 import time
 from pathlib import Path
 
 import sample
+import train
 
 generate = sample.generate
 
 
 def print_what_is_drawn():
-    """Print the first index of each batch; later ranks start late."""
+    """Print the first index of each batch; later ranks start late, and are slow."""
     load = sample.load_model
 
     def late(*arguments):
@@ -19,9 +20,21 @@ def print_what_is_drawn():
 
     def printing(model, labels, indices, **how):
         print("drawn:", indices[0])
+        time.sleep(0.5 * (os.environ["RANK"] != "0"))
         return generate(model, labels, indices, **how)
 
     sample.load_model, sample.generate = late, printing
+
+
+def save_slowly():
+    """A checkpoint takes two seconds."""
+    save = train.save_checkpoint
+
+    def slow(*arguments):
+        time.sleep(2)
+        save(*arguments)
+
+    train.save_checkpoint = slow
 
 
 def wait_for_go():

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import time
 from dataclasses import asdict
 from functools import partial
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import sample
 import train
+from dip import DiP
 from sample import (SAMPLERS, draw_grid, find_checkpoint, find_class, generate, guided, load_model,
                     random_stream, to_uint8)
 
@@ -360,13 +362,27 @@ def test_every_option_of_the_command_reaches_generate(monkeypatch, trained, tmp_
     assert [how for _, _, how in flat_images] == [defaults | changed] * 2
 
 
+def test_the_model_is_compiled_when_the_command_says_so(monkeypatch, trained, tmp_path,
+                                                        flat_images):
+    """Fails if --compile is ignored."""
+    compiled = []
+    monkeypatch.setattr(sample, "compile_blocks", compiled.append)
+    for word, count in (("", 0), ("--compile", 1)):
+        run(monkeypatch, sample, f"--ckpt {trained} --class 1 {word} --out {tmp_path}/g.png")
+        assert [type(model) for model in compiled] == [DiP] * count
+
+
 @pytest.mark.parametrize("batch, rows, columns", [(2, 1, 2), (4, 1, 3), (32, 2, 3)])
 def test_a_trajectory_is_a_strip_of_predictions_and_a_film_of_the_first_batch(
         monkeypatch, trained, tmp_path, flat_images, batch, rows, columns):
     """x_t - t v of a flat image is that image at every t.  Catches x_t + t v, x_t itself, and
-    pictures of the last batch instead of the first."""
+    pictures of the last batch instead of the first.  The strip is densest near t = 1."""
+    headers = []
+    monkeypatch.setattr(sample, "draw_grid", lambda images, names, above=None: headers.append(
+        above) or draw_grid(images, names, above))
     run(monkeypatch, sample, f"--ckpt {trained} --class 7 4 --per-class 3 --steps 96 --trajectory",
         f"--batch {batch} --out {tmp_path}/g.png")
+    assert headers[1] == [f"t={1 - k / 96:.2f}" for k in (0, 1, 5, 11, 19, 29, 42, 57, 75, 95)]
     assert colours(tmp_path / "g-trajectory.png", 1, 10) == [[colour(7, 0)] * 10]
     film = Image.open(tmp_path / "g-trajectory.gif")
     ends = np.array([[colour(7, j) for j in (0, 1, 2)], [colour(4, j) for j in (3, 4, 5)]])
@@ -377,6 +393,7 @@ def test_a_trajectory_is_a_strip_of_predictions_and_a_film_of_the_first_batch(
         shown = cells(film, rows, columns)[:, :, 48, 48]
         assert np.abs(shown - 127.5 * t - ends[:rows, :columns] * (1 - t)).max() <= 4
     assert film.info["duration"] == 2500                     # the last frame stays
+    assert film.info["loop"] == 0                            # and then it begins again
 
 
 def test_a_default_name_says_what_the_picture_shows(monkeypatch, trained, tmp_path, flat_images):
@@ -472,6 +489,12 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
                   "--num-samples 24", "--interval 0 1", "--sampler ab2", f"--ckpt {trained}"):
         with refused:
             export(monkeypatch, weights, out, words)
+    settings = tmp_path / "s.npz.parts" / "settings.json"
+    text = settings.read_text()
+    settings.write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
+    with refused:                            # the rest was drawn on another device
+        export(monkeypatch, weights, out)
+    settings.write_text(text)
     weights.rename(tmp_path / "same.pt")
     torch.save(checkpoint(trained) | {"step": 2}, weights)   # the run went on
     with refused:
@@ -486,9 +509,31 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
     assert_is_export(out, exported)
 
 
+def test_a_batch_is_on_the_disk_before_it_is_marked_as_done(monkeypatch, trained, tmp_path):
+    """Catches black images in a finished file, after a crash between the two."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(
+        os.path.basename(os.readlink(f"/proc/self/fd/{number}"))) or fsync(number))
+    export(monkeypatch, trained, tmp_path / "s.npz")
+    assert [name for name in synced if name in ("images.npy", "done")] == ["images.npy", "done"] * 5
+
+
+def test_an_export_that_died_as_it_began_is_begun_again(monkeypatch, trained, tmp_path, exported):
+    """Catches settings that are written before the files they promise."""
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(np.lib.format, "open_memmap", full)
+        export(patch, trained, tmp_path / "s.npz")
+    export(monkeypatch, trained, tmp_path / "s.npz")
+    assert_is_export(tmp_path / "s.npz", exported)
+
+
 def test_any_number_of_processes_exports_the_file_of_one(trained, tmp_path, exported):
-    """Bit for bit: three ranks share five batches.  Catches ranks that draw all of them, and ranks
-    that each look for themselves what is left to do: a late one passes over batches."""
+    """Bit for bit: three ranks share five batches.  Catches ranks that draw all of them, ranks that
+    each look for themselves what is left to do: a late one passes over batches, and a file that is
+    packed before a slow rank has drawn its part."""
     port, command = free_port(), f"{EXPORT} --ckpt {trained} --out {tmp_path}/three.npz"
     ranks = [Background("sample", command, rank=rank, world=3, port=port,
                         first=print_what_is_drawn) for rank in range(3)]
@@ -514,6 +559,17 @@ def test_of_two_exports_into_one_file_the_second_is_refused(monkeypatch, trained
     (tmp_path / "go").touch()
     assert first.end()[0] == 0
     assert_is_export(out, exported)
+
+
+def test_ctrl_c_ends_an_export_with_the_code_of_shells(trained, tmp_path):
+    """130, and no traceback."""
+    process = Background("sample", EXPORT, f"--ckpt {trained} --out {tmp_path}/s.npz", cwd=tmp_path,
+                         first=wait_for_go)
+    while process.is_alive() and not (tmp_path / "s.npz.parts" / "settings.json").exists():
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    code, _, errors = process.end()
+    assert code == 130 and "Traceback" not in errors
 
 
 # --- which weights ------------------------------------------------------------------------------
@@ -586,6 +642,10 @@ def test_without_a_run_our_own_weights_are_used_and_the_command_says_so(
     ours = tmp_path / "assets" / "dip-nano.pt"
     run(monkeypatch, sample, f"--ckpt {trained} --save-weights {ours}")
     assert f"wrote {ours}" in capsys.readouterr().out and not flat_images
+    before = ours.read_bytes()
+    line = error_line(monkeypatch, sample, f"--ckpt {trained} --save-weights {ours}")
+    assert f"{ours} exists; delete it, or choose another name" in line
+    assert ours.read_bytes() == before
     weights = torch.load(ours, weights_only=True)["ema"]
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     monkeypatch.setattr(sample, "OUR_WEIGHTS", ours)
@@ -594,6 +654,7 @@ def test_without_a_run_our_own_weights_are_used_and_the_command_says_so(
     (model, info), (before, same) = load_model(ours), load_model(trained)
     for name, weight in before.state_dict().items():
         assert torch.equal(weight.bfloat16().float(), model.state_dict()[name])
+        assert model.state_dict()[name].dtype == torch.float32
     assert model.config == before.config
     assert info == same | {"options": {"model": "DiP-Nano/16"}}
     write_run(tmp_path / "runs" / "mine", trained, 1, modified=1000)

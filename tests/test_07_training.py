@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import literal_sampling as literal
 import numpy as np
@@ -418,6 +419,19 @@ def test_fit_is_the_loop_written_by_hand(monkeypatch, tmp_path, change):
     assert line["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_ranks_exchange_gradients_once_a_step(monkeypatch):
+    """With the last micro-batch.  Catches a first one whose gradients alone are shared, and three
+    times the traffic."""
+    model, synced, loss = awake(SMALL.replace(num_classes=10)), [], flow_matching_loss
+    options = options_for(**LOOP | dict(batch_size=6, steps=1))
+    monkeypatch.setattr(train, "flow_matching_loss", lambda net, *rest: synced.append(
+        net.require_backward_grad_sync) or loss(net, *rest))
+    train.training_step(model, copy.deepcopy(model).requires_grad_(False),
+                        torch.optim.AdamW(model.parameters()),
+                        train.load_batches(options, Shapes(16), 0), 0, options)
+    assert synced == [False, False, True]
+
+
 def test_the_weights_are_drawn_from_the_seed_alone(monkeypatch, tmp_path):
     """The average begins as the same weights.  With --lr 0 both stay what they were."""
     states = []
@@ -432,8 +446,9 @@ def test_the_weights_are_drawn_from_the_seed_alone(monkeypatch, tmp_path):
 
 
 def test_by_time_sums_losses_in_tenths_of_t():
-    """Both ends count; a bin without images has no mean, and is null in the log."""
-    t = torch.tensor([0.0, 0.05, 0.1, 0.95, 1.0])
+    """Both ends count; a bin without images has no mean, and is null in the log.  Catches the
+    nearest tenth."""
+    t = torch.tensor([0.0, 0.09, 0.1, 0.95, 1.0])
     sums = train.by_time(t, torch.arange(5.0), torch.ones(5) / 2)
     assert sums[:, 0].tolist() == [1, 1, 2] and sums[:, 1].tolist() == [2, 0.5, 1]
     assert sums[:, 9].tolist() == [7, 1, 2] and sums[:, 2:9].abs().sum() == 0
@@ -495,6 +510,7 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     assert (config.head, config.head_width, config.depth, config.image_size) == ("mlp", 0, 3, 128)
     assert configured("--set head=mlp head_width=16")[1].head_width == 16
     assert options.out == "runs/DiP-Nano-16-head-mlp-depth-3-128"
+    assert configured("--set head=mlp --set depth=3 --image-size 128")[1] == config
 
 
 @pytest.mark.parametrize("words, world, micro", [
@@ -503,6 +519,13 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     ("--batch-size 256 --micro-batch 64", 2, 64)])
 def test_a_micro_batch_is_the_largest_part_of_a_process_up_to_32(words, world, micro):
     assert configured(words, world=world)[0].micro_batch == micro
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_slow_is_noted_by_one_rank_alone(monkeypatch, capsys, rank):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
+    configured("--batch-size 74", world=2)
+    assert capsys.readouterr().out.count("note: 37 images per process") == (rank == 0)
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -577,6 +600,28 @@ def test_log_pictures_and_checkpoints_come_when_they_are_due(monkeypatch, tmp_pa
     assert coarse[-1]["grad_norm"] == pytest.approx(fine[-1]["grad_norm"])
 
 
+def test_the_speed_is_that_of_the_steps_alone(monkeypatch, tmp_path):
+    """By a clock on which a step takes half a second, a checkpoint a minute and pictures ten.
+    Catches steps before a resumption that are counted too."""
+    now = [0.0]
+
+    def takes(seconds, function):
+        def timed(*arguments):
+            now[0] += seconds
+            return function(*arguments)
+        return timed
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: 0))
+    monkeypatch.setattr(train, "write_pictures", lambda *_: None)
+    for name, seconds in (("training_step", 0.5), ("save_checkpoint", 60), ("write_pictures", 600)):
+        monkeypatch.setattr(train, name, takes(seconds, getattr(train, name)))
+    for steps in (4, 8):
+        run(monkeypatch, train, TINY, f"--steps {steps} --log-every 2 --sample-every 3",
+            f"--save-every 5 --out {tmp_path}")
+    speeds = [line["images_per_s"] for line in train.read_log(tmp_path) if "loss" in line]
+    assert speeds == [8.0] * 4
+
+
 def test_a_checkpoint_is_builtins_and_tensors_and_says_what_it_is(monkeypatch, tmp_path, folder):
     run(monkeypatch, train, TINY, f"--steps 1 --data {folder}/train --out {tmp_path}/run")
     state = checkpoint(tmp_path / "run")                     # opens with weights_only=True
@@ -601,7 +646,7 @@ def test_a_picture_shows_five_images_of_at_most_ten_classes(monkeypatch, tmp_pat
     ema = awake(SMALL.replace(num_classes=classes, image_size=size)).requires_grad_(False)
     calls, sizes, loss = [], [], train.flow_matching_loss
     monkeypatch.setattr(train, "generate", lambda model, labels, indices, seed, **how: calls.append(
-        (model is ema, labels, list(indices), seed, how["steps"]))
+        (model is ema, labels, list(indices), seed, (how["steps"], how["cfg"])))
         or torch.zeros(len(labels), 3, 16, 16))
     monkeypatch.setattr(train, "flow_matching_loss", lambda model, x, *rest: sizes.append(
         len(x)) or loss(model, x, *rest))
@@ -614,7 +659,7 @@ def test_a_picture_shows_five_images_of_at_most_ten_classes(monkeypatch, tmp_pat
     assert [labels for _, labels, *_ in calls] == drawn
     assert sum([indices for _, _, indices, *_ in calls], []) == list(range(len(sum(drawn, []))))
     assert {(averaged, seed, steps) for averaged, _, _, seed, steps in calls} == {
-        (True, 4, 10 if size > 64 else 20)}
+        (True, 4, (10 if size > 64 else 20, 2.0))}
     assert sizes == ([2, 2, 1] if val_data else [])
     assert len(train.read_log(tmp_path)) == bool(val_data)
     assert {path.name for path in tmp_path.glob("*.png")} == {"samples-00000003.png", "loss.png"}
@@ -665,6 +710,7 @@ def test_two_nodes_under_torchrun_train_the_run_of_one_process(tmp_path, twenty)
     ends = [outcome(agent) for agent in agents]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert_same_training(one, tmp_path, "loss", "grad_norm", "val_loss")
+    assert sum("options" in line for line in train.read_log(tmp_path)) == 1
 
 
 def test_a_rank_takes_the_gpu_of_its_place_on_its_node(monkeypatch):
@@ -748,6 +794,7 @@ def tiny():
     net = Tiny()
     net.load_state_dict(torch.load(cache))
     return net
+twin = tiny
 """
 
 
@@ -771,6 +818,9 @@ def test_repa_aligns_with_a_local_encoder_and_resumes_bit_for_bit(monkeypatch, t
     (tmp_path / "run" / "ckpt-00000060.pt").unlink()
     run(monkeypatch, train, TINY, "--steps 60", aligned, f"--out {tmp_path}/run")
     assert_same_state(state, checkpoint(tmp_path / "run"), STATE)
+    line = error_line(monkeypatch, train, TINY, "--steps 80", aligned, "--repa twin",
+                      f"--out {tmp_path}/run")               # of the same width
+    assert "does not fit; choose another --out (repa=tiny there, twin here)" in line
 
 
 def test_two_ranks_with_an_encoder_train_the_run_of_one(monkeypatch, tmp_path, aligned):
@@ -780,6 +830,19 @@ def test_two_ranks_with_an_encoder_train_the_run_of_one(monkeypatch, tmp_path, a
     assert [code for code, _, _ in ends] == [0, 0], ends
     run(monkeypatch, train, *words, f"--out {tmp_path}/one")
     assert_same_training(tmp_path / "one", tmp_path / "two", "loss", "repa")
+
+
+@pytest.mark.parametrize("local, turns", [(0, ["load", "wait", "wait"]),
+                                          (2, ["wait", "load", "wait"])])
+def test_the_first_process_of_every_node_fills_the_cache_of_torch_hub(monkeypatch, local, turns):
+    """Catches RANK: on a second node all would fetch the encoder at once, into one file."""
+    events = []
+    monkeypatch.setenv("RANK", str(8 + local))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(train, "Encoder", lambda *_: events.append("load"))
+    monkeypatch.setattr(train.dist, "barrier", lambda: events.append("wait"))
+    train.load_encoder(options_for("--repa tiny"), torch.device("cpu"))
+    assert events == turns
 
 
 def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_path, aligned):
@@ -799,6 +862,9 @@ def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_pat
         assert shown[-1].shape == (1, 3, 14, 14)
         torch.testing.assert_close(shown[-1], expected[None, :, None, None].expand(1, 3, 14, 14),
                                    rtol=0, atol=1e-5)
+    fine = torch.arange(32) % 3 - 1.0                        # stripes finer than its pixels
+    encoder(fine.expand(1, 3, 32, 32))
+    assert shown[-1][..., 2:-2].std(dim=-1).max() < 0.5
 
 
 # --- starting from weights ------------------------------------------------------------------------
@@ -808,9 +874,9 @@ STAY = "--lr 0 --batch-size 2 --sample-every 0 --device cpu"     # what --init g
 
 def test_init_gives_the_average_and_a_new_label_table_for_other_classes(monkeypatch, trained,
                                                                         tmp_path, capsys):
-    """Of another number of classes only the null class is kept.  Architecture and image size come
-    from the file.  Catches the run's own average copied before --init, and a resumed run that
-    begins again with --init."""
+    """Of another number of classes only the null class is kept.  Architecture, image size and the
+    recipe come from the file.  Catches the run's own average copied before --init, and a resumed
+    run that begins again with --init."""
     data, out = place(tmp_path / "pets", "cats/0.png", "dogs/0.png"), tmp_path / "run"
     given = checkpoint(trained)
     run(monkeypatch, train, f"--init {trained} --data {data} --steps 1 {STAY} --out {out}")
@@ -818,6 +884,7 @@ def test_init_gives_the_average_and_a_new_label_table_for_other_classes(monkeypa
         capsys.readouterr().out)
     state = checkpoint(out)
     assert state["config"] == given["config"] | {"num_classes": 2}
+    assert (state["options"]["model"], state["options"]["cooldown"]) == ("DiP-Nano/16", 0.3)
     for key in ("model", "ema"):
         table, old = state[key].pop("label.weight"), given["ema"]["label.weight"]
         assert len(table) == 3 and torch.equal(table[-1], old[-1])

@@ -333,6 +333,8 @@ def test_a_large_photo_is_read_cheaply_and_what_needs_gigabytes_is_refused(monke
     got = read_image(tmp_path / "photo.jpg", 64)
     assert np.abs(got[:, [5, -5], 0] - np.array([50.0, 200.0])).max() < 10
     assert decoded[0][0] <= 12_000 // 4
+    read_image(tmp_path / "photo.jpg", 1024)
+    assert 2 * 1024 <= decoded[1][1] < 9000                  # the boxes still have pixels to halve
 
     data = io.BytesIO()
     Image.new("L", (8, 8)).save(data, "JPEG")
@@ -450,6 +452,16 @@ def test_only_a_mean_and_a_covariance_are_accepted_on_either_side(mu, sigma, mes
     for arguments in ((mu, sigma, *good), (*good, mu, sigma)):
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             frechet_distance(*arguments)
+
+
+def test_small_variances_count_also_where_the_covariance_is_singular():
+    """Features of a few images have many.  Catches variances that are dropped as rounding."""
+    d, small = 32, 1e-6
+    variances = np.array([1.0] + [small] * (d - 2) + [0.0])
+    exact = ((variances**0.5 - 1) ** 2).sum()
+    zero = np.zeros(d)
+    for sides in ((np.diag(variances), np.eye(d)), (np.eye(d), np.diag(variances))):
+        assert frechet_distance(zero, sides[0], zero, sides[1]) == pytest.approx(exact, abs=1e-9)
 
 
 def test_a_covariance_may_be_rounded_to_float32():
@@ -842,6 +854,15 @@ def test_a_comparison_like_the_published_ones_has_no_caveat(monkeypatch, result_
     assert found == caveats
 
 
+@pytest.mark.parametrize("ending", (".jpg", ".JPEG", ".jfif"))
+def test_a_jpeg_is_one_by_any_of_its_endings(album, result_of, tmp_path, ending):
+    (tmp_path / "jpegs").mkdir()
+    for k, image in enumerate(pictures(4, 8, 6)):
+        Image.fromarray(image).save(tmp_path / "jpegs" / f"{k}{ending}", "JPEG")
+    found = result_of(album / "reference" / "images.npz", tmp_path / "jpegs")["caveats"]
+    assert "samples are JPEG: its artefacts are measured too" in found
+
+
 def test_samples_sorted_by_class_are_noticed(result_of, album, tmp_path):
     """Their Inception Score is that of chunks of one class; the caveat has that of mixed ones."""
     one, other = pictures(2, 8, 6, seed=3)
@@ -1016,6 +1037,15 @@ def test_a_failed_run_leaves_the_old_result(monkeypatch, album, result_of, tmp_p
         assert after["r.json"] == before["r.json"]
 
 
+def test_a_result_takes_the_place_of_the_old_one_in_one_moment(tmp_path):
+    """Who has the old file open reads all of it.  Catches a file that is written in place."""
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    with path.open() as old:
+        fid.write(path, lambda file: file.write(b"new result"))
+        assert old.read() == "old" and path.read_text() == "new result"
+
+
 def npz_bytes(**arrays):
     return npz(io.BytesIO(), **arrays).getvalue()
 
@@ -1046,8 +1076,8 @@ def test_the_file_alone_works_and_ends_in_one_line_in_the_shell(weights, tmp_pat
     shutil.copy(ROOT / "fid.py", tmp_path)
     np.savez_compressed(tmp_path / "memory.npz", np.zeros((20_000, 8, 8, 3), np.uint8))
 
-    def ends(words, **settings):
-        done = subprocess.run([sys.executable, "fid.py", *words.split()], cwd=tmp_path, text=True,
+    def ends(words, script="fid.py", **settings):
+        done = subprocess.run([sys.executable, script, *words.split()], cwd=tmp_path, text=True,
                               capture_output=True, timeout=120, **settings)
         return done.returncode, (done.stderr or done.stdout).splitlines()
 
@@ -1057,3 +1087,7 @@ def test_the_file_alone_works_and_ends_in_one_line_in_the_shell(weights, tmp_pat
                            resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30)))
     assert code == 1
     assert lines[-1] == "fid.py: error: out of memory; a smaller --batch needs less"
+    (tmp_path / "short.py").write_text(                      # Python's own error says nothing
+        "import runpy, numpy\ndef load(*_, **__): raise MemoryError\nnumpy.load = load\n"
+        "runpy.run_path('fid.py', run_name='__main__')\n")
+    assert ends("memory.npz memory.npz", "short.py") == (1, lines[-1:])

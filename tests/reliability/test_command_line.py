@@ -282,6 +282,20 @@ def test_running_out_of_memory_ends_in_one_line(monkeypatch, trained, error):
     assert "out of memory: a smaller --micro-batch (training) or --batch (sampling)" in line
 
 
+@pytest.mark.parametrize("error", [
+    EOFError(), ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(32, "pipe")],
+    ids=repr)
+def test_a_loader_that_ends_while_it_is_read_from_is_explained(error):
+    """Whichever way the end of a pipe shows."""
+    assert sample.explain(error).startswith("a loader process was killed; out of memory? Fewer")
+
+
+@pytest.mark.parametrize("text", ["[pair.cc] Connection closed by peer [10.0.0.2]:31522",
+                                  "failed to recv: connection reset by peer"])
+def test_a_lost_peer_is_explained_in_gloos_words_and_in_the_stores(text):
+    assert sample.explain(RuntimeError(text)).startswith("another process of this command has")
+
+
 @pytest.mark.parametrize("module, option", [(train, "--data"), (train, "--set"), (train, "--seed"),
                                             (sample, "--class"), (sample, "--ckpt"),
                                             (sample, "--out")], ids=str)

@@ -29,9 +29,10 @@ import numpy as np
 import planted
 import pytest
 import torch
-from commands import (ROOT, TINY, Background, assert_same_state, checkpoint, error_line, leaves,
-                      outcome, run, run_ranks)
+from commands import (ROOT, TINY, Background, assert_same_state, checkpoint, error_line, free_port,
+                      leaves, outcome, run, run_ranks)
 from helpers import damaged
+from hooks import save_slowly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -145,6 +146,16 @@ def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_signal_does_not_wait_for_pictures(monkeypatch, tmp_path):
+    """They take minutes, and a scheduler kills after less."""
+    drawn = []
+    monkeypatch.setattr(train, "write_pictures", lambda *_: drawn.append(1))
+    with monkeypatch.context() as patch:
+        send_in_step(patch, 2, signal.SIGTERM)
+        run(patch, train, TINY, f"--steps 4 --sample-every 2 --out {tmp_path}")
+    assert checkpoint(tmp_path)["step"] == 2 and not drawn
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -202,6 +213,16 @@ def test_a_signal_is_heard_by_all_ranks_and_makes_one_checkpoint(monkeypatch, tm
     run(monkeypatch, train, command, f"--out {out}")
     run(monkeypatch, train, command, f"--out {tmp_path}/one")
     assert_same_state(checkpoint(out), checkpoint(tmp_path / "one"), ["model"], atol=1e-4)
+
+
+def test_no_rank_ends_before_the_checkpoint_is_saved(tmp_path):
+    """After a signal they end with its code, and torchrun kills the others soon after the first."""
+    port = free_port()
+    ranks = [Background("train", TINY, f"--steps 1 --out {tmp_path}", rank=rank, world=2, port=port,
+                        first=save_slowly) for rank in range(2)]
+    assert ranks[1].end()[0] == 0
+    assert checkpoint(tmp_path)["step"] == 1
+    assert ranks[0].end()[0] == 0
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(monkeypatch, tmp_path, capsys):
@@ -355,6 +376,28 @@ def test_a_service_that_a_disk_lacks_is_warned_of_and_an_error_of_the_disk_is_an
         assert checkpoint(four)["step"] == 6
 
 
+def test_each_answer_of_a_lock_is_read_right(monkeypatch, tmp_path):
+    """NFS says EACCES for a lock that another process holds, and ENOLCK where it has none."""
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.EACCES))
+    with pytest.raises(ValueError, match="another process is writing there"):
+        with sample.locked(tmp_path):
+            pass
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.ENOLCK))
+    with pytest.warns(UserWarning, match="no locks here"):
+        with sample.locked(tmp_path):
+            pass
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """Else a power loss leaves an empty file in the place of a good one."""
+    events = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *arguments, name=name, call=getattr(os, name): (
+            events.append(name), call(*arguments)))
+    sample.save_atomically(tmp_path / "file", lambda partial: partial.write_text("good"))
+    assert events == ["fsync", "replace"] and contents(tmp_path) == {"file": b"good"}
+
+
 def out_of_memory(*_, **__):
     raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate "
                        "memory: you tried to allocate 341269 bytes.")
@@ -408,6 +451,17 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
     assert contents(tmp_path) == {"file": b"good"}
 
 
+def test_a_loader_killed_while_a_file_is_written_is_no_full_disk(tmp_path):
+    """PyTorch reports it wherever the command then is."""
+    def write(_):
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker") as told:
+        sample.save_atomically(tmp_path / "file", write)
+    assert sample.explain(told.value).startswith("a loader process was killed")
+    assert not contents(tmp_path)
+
+
 # --- damaged files --------------------------------------------------------------------------------
 
 
@@ -434,6 +488,12 @@ def test_a_damaged_newest_checkpoint_is_skipped(monkeypatch, capsys, six, four, 
     assert f"warning: {newest} is " in text and "; skipped" in text
     assert "resumed at step 3" in text
     assert_same_run(six.whole, four)
+
+
+def test_a_checkpoint_that_another_process_drops_meanwhile_is_skipped(four):
+    """A link to nowhere is in the list of files, and is no file when it is opened."""
+    (four / "ckpt-00000009.pt").symlink_to(four / "dropped")
+    assert sample.newest_intact(four) == four / "ckpt-00000004.pt"
 
 
 def test_a_broken_later_checkpoint_never_costs_a_good_one(monkeypatch, six, four):
@@ -526,6 +586,12 @@ def test_an_error_of_the_system_is_no_bad_image(monkeypatch, tmp_path):
     for number in (errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE):
         monkeypatch.setattr(train, "read_image", failing(number))
         assert os.strerror(number) in error_line(monkeypatch, train, command, root)
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "read_image", no_memory)
+    assert "out of memory" in error_line(monkeypatch, train, command, root)
 
 
 # --- bad numbers ----------------------------------------------------------------------------------
