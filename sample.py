@@ -139,7 +139,7 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
     sense, FloatingPointError where the images diverge.
     """
     K, device = model.config.num_classes, next(model.parameters()).device
-    y = np.asarray(torch.as_tensor(labels).cpu() if torch.is_tensor(labels) else labels)
+    y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
     if y.ndim != 1 or y.dtype.kind not in "iu" or not ((0 <= y) & (y <= K)).all():
         given = " ".join(str(labels).split())[:60]
         raise ValueError(f"labels={given} must be whole numbers from 0 to {K}, the null class; "

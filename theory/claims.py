@@ -75,7 +75,7 @@ def by_time(figure, models, times):
     return {t: [figure(m) for m in at(models, t)] for t in times}
 
 
-def told(found, form=percent):
+def show(found, form=percent):
     """These in words"""
     return ", ".join(f"{form(values)} (t {t})" for t, values in found.items())
 
@@ -242,7 +242,7 @@ def magnitude(models=CASES):
 def seeing_both(models=CASES):
     gain = by_time(lambda m: 1 - m.mean_error("both") / m.mean_error("DiP"), models, (0.3, 0.9))
     return Row("(11)", "x_t and what DiT sees are together x_t", "given both, the smallest error "
-               f"is lower by {told(gain)}: x_t - x-hat_t = (1-t) x_high outside the patch, free of "
+               f"is lower by {show(gain)}: x_t - x-hat_t = (1-t) x_high outside the patch, free of "
                "noise", FALSE if max(gain[0.3]) > NOTICEABLE else HOLDS)
 
 
@@ -295,14 +295,14 @@ def first_sum(models=CASES):
     early = [replace(m, t=0.001) for m in at(models, 0.5)]
     size = by_time(share, [*early, *models], (0.001, 0.3, 0.98))
     return Row("(15)", "I_1 = o(1), next to the first sum", "the paper names no limit; I_1 has "
-               f"{told(size)} of its norm", over([max(x) < NOTICEABLE for x in size.values()]))
+               f"{show(size)} of its norm", over([max(x) < NOTICEABLE for x in size.values()]))
 
 
 def approximation(models=CASES):
     off = by_time(lambda m: relative(sum(m.eq15(False)), m.dit_operator), models, ERROR_TIMES)
     early = [replace(m, t=0.01) for m in at(models, 0.5)]
     i_2 = [np.linalg.norm(m.eq15(False)[3]) / np.linalg.norm(m.dit_operator) for m in early]
-    return Row("(15)", "with 1 / t it approximates P B-hat M-hat", f"off by {told(off)}; I_2 grows "
+    return Row("(15)", "with 1 / t it approximates P B-hat M-hat", f"off by {show(off)}; I_2 grows "
                f"as 1 / t^2, to {span(i_2)} times the norm of P B-hat M-hat at t = 0.01",
                over([max(x) < SMALL for x in off.values()]))
 
@@ -310,7 +310,7 @@ def approximation(models=CASES):
 def limit_of_noise(models=CASES):
     size = by_time(lambda m: share_of_dip(m.dit_operator @ high(m), m), models, (0.3, 0.5, 0.9))
     return Row("Remark A.7, t -> 1", "DiT's corrections of high frequencies are negligible",
-               f"they are {told(size, lambda x: f'{min(x):.2f} to {max(x):.2f}')} times DiP's",
+               f"they are {show(size, lambda x: f'{min(x):.2f} to {max(x):.2f}')} times DiP's",
                over([x < NEGLIGIBLE for x in size[0.9]]))
 
 

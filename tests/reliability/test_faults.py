@@ -456,9 +456,9 @@ def test_a_loader_killed_while_a_file_is_written_is_no_full_disk(tmp_path):
     def write(_):
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
 
-    with pytest.raises(RuntimeError, match="DataLoader worker") as told:
+    with pytest.raises(RuntimeError, match="DataLoader worker") as ended:
         sample.save_atomically(tmp_path / "file", write)
-    assert sample.explain(told.value).startswith("a loader process was killed")
+    assert sample.explain(ended.value).startswith("a loader process was killed")
     assert not contents(tmp_path)
 
 
