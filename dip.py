@@ -656,6 +656,6 @@ PRESETS = {
     "DiP-Ti/16": XL.replace(hidden_size=192, depth=12, num_heads=3, head_width=8),
     # for a CPU
     # differs [Nano predicts x]: the clean image, which is better where tokens are narrow (JiT)
-    "DiP-Nano/16": XL.replace(image_size=48, hidden_size=192, depth=6, num_heads=6, num_classes=10,
-                              head_width=8, prediction="x"),
+    "DiP-Nano/8": XL.replace(image_size=48, patch_size=8, hidden_size=128, depth=6, num_heads=4,
+                             num_classes=10, head_width=16, head_depth=3, prediction="x"),
 }

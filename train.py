@@ -13,7 +13,7 @@ depend on (seed, k) and the kind of device alone, not on the number of processes
 workers; results agree up to the order of sums.  A run writes ckpt-*.pt, log.jsonl, loss.png and
 samples-*.png into --out, which all nodes must share.  On SIGTERM or Ctrl-C it finishes the step,
 saves and exits; give torchrun --shutdown-timeout 300 for large models.  An update with a gradient
-that is not finite is skipped.  In --help, [a; b] means b for DiP-Nano/16, a for other presets.
+that is not finite is skipped.  In --help, [a; b] means b for DiP-Nano/8, a for other presets.
 """
 
 import copy
@@ -55,8 +55,8 @@ from sample import (Parser, autocast, blocks_of, check_finite, compile_blocks, d
 
 PAPER = dict(steps=1_600_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0.0,
              time_mean=0.0)                  # Table 4; steps: 320 epochs of ImageNet
-NANO = dict(steps=3500, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.8)
-RECIPES = {"DiP-Nano/16": NANO}           # every other preset: the paper's
+NANO = dict(steps=3000, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.4)
+RECIPES = {"DiP-Nano/8": NANO}           # every other preset: the paper's
 
 
 def parse(argv=None):
@@ -65,7 +65,7 @@ def parse(argv=None):
     add("--data", type=text, metavar="DIR", help="image folder [drawn shapes]")
     add("--image-size", type=number(int, 1), help="height and width in pixels [the preset's]")
     add("--model", choices=PRESETS, metavar="NAME",
-        help=f"{', '.join(PRESETS)} [DiP-XL/16 with CUDA and --data, else DiP-Nano/16]")
+        help=f"{', '.join(PRESETS)} [DiP-XL/16 with CUDA and --data, else DiP-Nano/8]")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="other fields of DiPConfig, such as head=mlp depth=4")
     add("--init", type=text, metavar="FILE", help="start from these weights: ours or the authors'")
@@ -74,7 +74,7 @@ def parse(argv=None):
     add("--repa-repo", type=text, default="facebookresearch/dinov2",
         help="the encoder's torch.hub repository")
     add("--repa-source", default="github", choices=("github", "local"), help="local: a folder")
-    add("--steps", type=number(int, 1), help="updates [1600000; 3500]")
+    add("--steps", type=number(int, 1), help="updates [1600000; 3000]")
     add("--batch-size", type=number(int, 1), help="images per update, over all processes [256; 16]")
     add("--micro-batch", type=number(int, 1), help="images at once per process [at most 32]")
     add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
@@ -82,7 +82,7 @@ def parse(argv=None):
     add("--cooldown", type=number(float, 0, 1), help="final fraction, where lr falls [0; 0.3]")
     add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none [1]")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the EMA [0.9999]")
-    add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.8]")
+    add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.4]")
     add("--label-dropout", type=number(float, 0, 0.99), default=0.1,
         help="fraction of labels dropped, for guidance [0.1]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order and noise [0]")
@@ -105,7 +105,7 @@ def configure(options, device, inherited=None):
     inherited: (DiPConfig, preset) of --init, which come before the default preset.
     """
     large, world = device.type == "cuda" and options.data, dist.get_world_size()
-    default = "DiP-XL/16" if large else "DiP-Nano/16"
+    default = "DiP-XL/16" if large else "DiP-Nano/8"
     config, name = inherited or (PRESETS[default], default)
     if options.model:
         config, name = PRESETS[options.model], options.model
@@ -429,13 +429,13 @@ def validate(model, data, batch=50, limit=500):
 def write_pictures(out, step, ema, data, val_data, options):
     """Log the validation loss; draw samples-<step>.png, a row per class, and loss.png.
 
-    The samples are quick ones: 20 steps, where sample.py takes 100, and fewer images where they are
+    The samples are quick ones: 12 steps, where sample.py takes 100, and fewer images where they are
     large and the device is a CPU."""
     if val_data:
         losses = validate(ema, val_data, min(50, options.micro_batch))
         write_log(out, step=step, **mean_losses(losses, "val_"))
     slow = next(ema.parameters()).device.type == "cpu" and ema.config.image_size > 64
-    rows, columns, steps = (4, 1, 10) if slow else (10, 5, 20)
+    rows, columns, steps = (4, 1, 10) if slow else (10, 4, 12)
     count = min(rows, len(data.names))
     classes = [k * len(data.names) // count for k in range(count)]       # evenly among many
     images = [to_uint8(generate(ema, [c] * columns, range(k * columns, (k + 1) * columns),

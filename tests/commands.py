@@ -21,7 +21,7 @@ from sample import explain, find_checkpoint
 from sample import run as run_command
 
 ROOT = Path(__file__).parents[1]
-TINY = """--model DiP-Nano/16 --set hidden_size=16 depth=2 num_heads=2 head_depth=2 head_width=4
+TINY = """--model DiP-Nano/8 --set hidden_size=16 depth=2 num_heads=2 head_depth=2 head_width=4
     patch_size=4 --image-size 16 --batch-size 4 --lr 1e-3 --warmup 0 --cooldown 0 --time-mean 0
     --sample-every 0 --device cpu"""
 

@@ -139,7 +139,7 @@ SIZES = {        # preset: image and patch size, attention heads, parameters, th
     "DiP-B/16": (256, 16, 12, 131_426_179, None),
     "DiP-S/16": (256, 16, 6, 33_268_419, None),
     "DiP-Ti/16": (256, 16, 3, 8_523_619, None),
-    "DiP-Nano/16": (48, 16, 6, 4_340_707, None),
+    "DiP-Nano/8": (48, 8, 4, 1_959_875, None),
 }
 
 

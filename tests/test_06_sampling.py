@@ -641,7 +641,7 @@ def test_without_a_run_our_own_weights_are_used_and_the_command_says_so(
         assert torch.equal(weight.bfloat16().float(), model.state_dict()[name])
         assert model.state_dict()[name].dtype == torch.float32
     assert model.config == before.config
-    assert info == same | {"options": {"model": "DiP-Nano/16"}}
+    assert info == same | {"options": {"model": "DiP-Nano/8"}}
     write_run(tmp_path / "runs" / "mine", trained, 1, modified=1000)
     assert find_checkpoint().parts[0] == "runs"
 

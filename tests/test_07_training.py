@@ -485,11 +485,11 @@ def configured(words="", device="cpu", world=1):
 def test_the_model_is_small_on_a_cpu_or_without_data_and_recipes_belong_to_presets():
     for words, device in (("", "cpu"), ("", "cuda"), ("--data photos", "cpu")):
         options, config = configured(words, device)
-        assert config == PRESETS["DiP-Nano/16"] and options.model == "DiP-Nano/16"
-        assert (options.steps, options.batch_size, options.image_size) == (3500, 16, 48)
+        assert config == PRESETS["DiP-Nano/8"] and options.model == "DiP-Nano/8"
+        assert (options.steps, options.batch_size, options.image_size) == (3000, 16, 48)
         assert (options.lr, options.warmup, options.cooldown) == (3e-3, 50, 0.3)
-        assert (options.time_mean, options.sample_every, options.save_every) == (0.8, 700, 700)
-        assert options.out == "runs/DiP-Nano-16-48" and options.workers == 0
+        assert (options.time_mean, options.sample_every, options.save_every) == (0.4, 600, 600)
+        assert options.out == "runs/DiP-Nano-8-48" and options.workers == 0
     for words, device, workers in (("--data photos", "cuda", 8), ("--model DiP-XL/16", "cpu", 0)):
         options, config = configured(words, device)
         assert config == PRESETS["DiP-XL/16"] and options.model == "DiP-XL/16"
@@ -500,7 +500,7 @@ def test_the_model_is_small_on_a_cpu_or_without_data_and_recipes_belong_to_prese
 
 
 def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
-    options, config = configured("--model DiP-Nano/16 --image-size 128 --lr 1e-5 --steps 30 "
+    options, config = configured("--model DiP-Nano/8 --image-size 128 --lr 1e-5 --steps 30 "
                                  "--sample-every 0 --save-every 2 --set head=mlp depth=3")
     assert (options.lr, options.steps, options.warmup) == (1e-5, 30, 3)
     assert (options.sample_every, options.save_every) == (0, 2)
@@ -509,7 +509,7 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     # another head has its own default size, unless it is said
     assert (config.head, config.head_width, config.depth, config.image_size) == ("mlp", 0, 3, 128)
     assert configured("--set head=mlp head_width=16")[1].head_width == 16
-    assert options.out == "runs/DiP-Nano-16-head-mlp-depth-3-128"
+    assert options.out == "runs/DiP-Nano-8-head-mlp-depth-3-128"
     assert configured("--set head=mlp --set depth=3 --image-size 128")[1] == config
 
 
@@ -765,7 +765,7 @@ def test_the_compiled_model_trains_as_the_plain_one(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
     for name, word in (("plain", ""), ("fast", "--compile --grad-checkpoint")):
         run(monkeypatch, train, TINY, f"--steps 3 {word} --out {tmp_path}/{name}")
-    kinds = {type(block) for block in blocks_of(DiP(PRESETS["DiP-Nano/16"]))}
+    kinds = {type(block) for block in blocks_of(DiP(PRESETS["DiP-Nano/8"]))}
     assert counter.frame_count >= len(kinds) == 2
     assert_same_state(*(checkpoint(tmp_path / name) for name in ("plain", "fast")), STATE[:2],
                       atol=1e-5)
@@ -884,7 +884,7 @@ def test_init_gives_the_average_and_a_new_label_table_for_other_classes(monkeypa
         capsys.readouterr().out)
     state = checkpoint(out)
     assert state["config"] == given["config"] | {"num_classes": 2}
-    assert (state["options"]["model"], state["options"]["cooldown"]) == ("DiP-Nano/16", 0.3)
+    assert (state["options"]["model"], state["options"]["cooldown"]) == ("DiP-Nano/8", 0.3)
     for key in ("model", "ema"):
         table, old = state[key].pop("label.weight"), given["ema"]["label.weight"]
         assert len(table) == 3 and torch.equal(table[-1], old[-1])

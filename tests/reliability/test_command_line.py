@@ -25,8 +25,8 @@ EMPTY = "it is empty; an unset variable?"
 
 
 @pytest.mark.parametrize("words, answer", [
-    ("--model DiP-Nano/16 --image-size 250",
-     "image_size=250 is not a multiple of patch_size=16; nearest that fit: 240, 256"),
+    ("--model DiP-Nano/8 --image-size 250",
+     "image_size=250 is not a multiple of patch_size=8; nearest that fit: 248, 256"),
     ("--image-size 0", "--image-size: 0 must be finite, from 1 to inf; --help lists the options"),
     ("--model DiP-XXL", "--model: invalid choice: 'DiP-XXL' (choose from 'DiT-XL/16', "),
     ("--set hat=2", "--set='hat' is not one of: patch_size"),
