@@ -152,13 +152,6 @@ def turns(row, column, d):
         (k + d // 4, k + d // 4 + d // 2, column * f[k]) for k in range(d // 4)]
 
 
-def release_turns(row, column, d):
-    """The authors' pairs are neighbours, and alternate: column, row, column, row, ..."""
-    f = [10000 ** (-k / (d // 4)) for k in range(d // 4)]
-    return [pair for k in range(d // 4)
-            for pair in ((4 * k, 4 * k + 1, column * f[k]), (4 * k + 2, 4 * k + 3, row * f[k]))]
-
-
 def rotated(x, turn):
     """(x_a, x_b) as the complex number x_a + i x_b, which e^(i angle) turns; d/2 of them"""
     return [complex(x[a], x[b]) * cmath.exp(1j * angle) for a, b, angle in turn]
@@ -341,35 +334,6 @@ def dip(w, config, x_t, t, y):
 def clean_to_velocity(x_t, x_0, t):
     """Eq. (6) solved for v: x_t = x_0 + t v, where t does not fall below 0.05"""
     return (x_t - x_0) / max(t, 0.05)
-
-
-def release(w, num_heads, x_t, t, y):
-    """The authors' network in their own names and conventions: t = 0 is noise, the velocity points
-    to the data, rotary pairs are neighbours.  w: their state dict, as arrays."""
-    P = math.isqrt(w["s_embedder.proj.weight"].shape[1] // 3)
-    (_, H, W), d = x_t.shape, len(w["blocks.0.attn.q_norm.weight"])
-    renamed = {}
-    for name, value in w.items():
-        for theirs, ours in {"attn.proj": "attn.out", "attn": "attention", "w1": "gate",
-                             "w2": "out", "w3": "value", "adaLN_modulation.0": "adaLN"}.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = value
-    time = time_embedding(part(w, "t_embedder"), t)
-    c = silu(time + w["y_embedder.embedding_table.weight"][y])
-    tokens = [linear(part(w, "s_embedder.proj"), patch(x_t, P, n).flatten())
-              for n in range(H // P * (W // P))]
-    where = [release_turns(row, column, d) for row, column in positions(H // P, W // P)]
-    for k in range(count(w, "blocks")):
-        tokens = block(part(renamed, f"blocks.{k}"), num_heads, tokens, c, where)
-    names, head = {"bottleneck.0": "bottleneck", "out_conv": "out"}, {}
-    for k in (1, 2, 3, 4):                               # theirs count from the full size
-        names |= {f"enc{k}.0": f"down.{k - 1}", f"up{k}": f"up.{4 - k}",
-                  f"dec{k}.0": f"merge.{4 - k}"}
-    for theirs, ours in names.items():
-        for kind in ("weight", "bias"):
-            head[f"{ours}.{kind}"] = w[f"local_decoder.{theirs}.{kind}"]
-    return put_together([unet(head, patch(x_t, P, n), silu(s + time)[:, None, None])
-                         for n, s in enumerate(tokens)], H, W)
 
 
 # --- the objective --------------------------------------------------------------------------------
