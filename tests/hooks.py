@@ -2,7 +2,6 @@
 
 import os
 import time
-from pathlib import Path
 
 import sample
 import train
@@ -37,11 +36,5 @@ def save_slowly():
     train.save_checkpoint = slow
 
 
-def wait_for_go():
-    """Draw only when there is a file called `go`."""
-    def patient(*arguments, **how):
-        while not Path("go").exists():
-            time.sleep(0.05)
-        return generate(*arguments, **how)
-
-    sample.generate = patient
+def draw_without_end():
+    sample.generate = lambda *_, **__: time.sleep(600)

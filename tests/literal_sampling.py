@@ -70,6 +70,13 @@ def euler_maruyama(v, x, times, normals):
     return x
 
 
+def integrate(sampler, v, x, times, normals):
+    """By the name of the sampler; only the SDE takes the normals."""
+    if sampler == "sde":
+        return euler_maruyama(v, x, times, normals)
+    return {"euler": euler, "heun": heun, "ab2": adams_bashforth}[sampler](v, x, times)
+
+
 # -------------------------------------------------------------------------------------------------
 # Guidance, and one image
 
@@ -92,11 +99,10 @@ def sample(model, label, stream, size, sampler, steps, cfg, interval):
     def v(x, t):
         return guided_velocity(model, x, t, label, cfg, interval)
 
-    times, x = time_grid(steps), torch.randn(3, *size, generator=stream)
-    if sampler == "sde":
-        normals = [torch.randn(3, *size, generator=stream) for _ in range(steps - 1)]
-        return euler_maruyama(v, x, times, normals)
-    return {"euler": euler, "heun": heun, "ab2": adams_bashforth}[sampler](v, x, times)
+    x = torch.randn(3, *size, generator=stream)
+    drawn = steps - 1 if sampler == "sde" else 0
+    normals = [torch.randn(3, *size, generator=stream) for _ in range(drawn)]
+    return integrate(sampler, v, x, time_grid(steps), normals)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -113,16 +119,6 @@ def learning_rate(step, steps, lr, warmup, cooldown):
     if left < cooldown * steps + 1:
         rate = min(rate, lr * left / (cooldown * steps + 1))
     return rate
-
-
-def moving_average(values, decay):
-    """Start from values[0], then for each later one, n = 0, 1, ...:  a <- d a + (1 - d) value,
-    where d warms up as (1 + n) / (10 + n) until it is the decay."""
-    average = values[0]
-    for n, value in enumerate(values[1:]):
-        d = min(decay, (1 + n) / (10 + n))
-        average = d * average + (1 - d) * value
-    return average
 
 
 class Adam:
