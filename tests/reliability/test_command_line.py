@@ -126,7 +126,7 @@ ALL = "--num-samples takes all classes in turn; leave out --class, --per-class, 
     *[(f"--class {name}", f"--class '{name}' is unknown; did you mean ")
       for name in ("unicorn", "10", "-1", "\u00b2")],
     ("--class unicorn", ", or an index from 0 to 9?"),
-    ("--interval 0.9 0.1", "--interval [0.9, 0.1] must be LOW HIGH with LOW <= HIGH"),
+    ("--interval 0.9 0.1", "--interval [0.9, 0.1] must be LOW HIGH"),
     ("--num-samples 3 --interval 0.9 0.1", "--interval [0.9, 0.1] must be LOW HIGH"),
     *[(f"{option} {value}", f"{option.split()[0]}: {value.split()[0]} must be finite, from ")
       for option, value in (

@@ -42,7 +42,7 @@ import sample
 import train
 from train import ImageFolder, read_log
 
-STATE = "model", "ema", "optimizer", "unlogged"
+STATE = "model", "ema", "optimizer"
 OFTEN = "--save-every 1 --log-every 2"
 
 
@@ -129,9 +129,9 @@ def send_in_step(patch, step, number):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, capfd, name):
-    """Ctrl-C, a closed terminal, a scheduler: between two checkpoints and two lines of the log.  It
-    is acknowledged at once.  Catches a signal that kills without a checkpoint."""
-    command, number = f"{TINY} --steps 6 --log-every 4 --out", getattr(signal, name)
+    """Ctrl-C, a closed terminal, a scheduler: between two checkpoints.  It is acknowledged at once.
+     Catches a signal that kills without a checkpoint."""
+    command, number = f"{TINY} --steps 6 --log-every 3 --out", getattr(signal, name)
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         send_in_step(patch, 3, number)
@@ -425,19 +425,6 @@ def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(
     assert_same_run(six.whole, four)
 
 
-def test_a_checkpoint_that_cannot_be_mapped_is_read_without_mapping(monkeypatch, six, four, capsys):
-    """As under `ulimit -v`."""
-    def unmappable(*arguments, mmap=False, load=torch.load, **settings):
-        if mmap:
-            raise RuntimeError("unable to mmap 341269 bytes: Cannot allocate memory (12)")
-        return load(*arguments, **settings)
-
-    monkeypatch.setattr(torch, "load", unmappable)
-    run(monkeypatch, train, six.command, f"--out {four}")
-    assert "resumed at step 4" in capsys.readouterr().out
-    assert_same_run(six.whole, four)
-
-
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
     """The file under the name stays what it was."""
     (tmp_path / "file").write_text("good")
@@ -601,19 +588,13 @@ def skipped_lines(folder):
     return [line for line in read_log(folder) if "skipped" in line]
 
 
-@pytest.mark.parametrize("value, what", [("nan", "the loss for t in "), ("1e18", "the gradient")])
+@pytest.mark.parametrize("value, norm", [("nan", "nan"), ("1e18", "inf")])
 def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch, tmp_path, value,
-                                                                     what):
-    """NaN in the noise of example 9, which is step 3: the other five updates are made.  The log
-    says at which times the loss was not finite."""
+                                                                     norm):
+    """NaN in the noise of example 9, which is step 3: the other five updates are made."""
     run(monkeypatch, planted, f"{value} 9 -- {TINY} {OFTEN} --steps 6 --keep 9 --out {tmp_path}")
     (skipped,) = skipped_lines(tmp_path)
-    assert skipped["step"] == 3 and what in skipped["skipped"]
-    if value == "nan":
-        z = train.Examples(train.Shapes(16), 0)[9][2]
-        tenth = int(dip.logit_normal_time(z) * 10)
-        assert skipped["skipped"] == (
-            f"the loss for t in {tenth / 10:.1f} to {(tenth + 1) / 10:.1f}")
+    assert skipped == {"step": 3, "skipped": norm}
     saved = sorted(int(path.stem[-8:]) for path in tmp_path.glob("ckpt-*.pt"))
     assert saved == [1, 2, 4, 5, 6]
     state = checkpoint(tmp_path)
@@ -621,14 +602,13 @@ def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch
                if torch.is_tensor(leaf))
     assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {5}
     logged = [line["loss"] for line in losses(tmp_path)]
-    assert len(logged) == 3 and np.isfinite(logged).all()
+    assert len(logged) == 5 and np.isfinite(logged).all()
 
 
 def test_two_ranks_train_the_run_of_one_process_and_skip_where_either_meets_a_nan(monkeypatch,
                                                                                   tmp_path):
     """Two micro-batches each.  Example 9 belongs to rank 0 of step 3, 15 to rank 1 of step 4.  They
-    resume at step 5, between two lines of the log.  Catches losses that every rank restores, and
-    pictures that every rank draws."""
+    resume at step 5.  Catches pictures that every rank draws."""
     command = f"nan 9 15 -- {TINY} {OFTEN} --keep 9 --sample-every 6 --steps 6 --out {tmp_path}"
     run(monkeypatch, planted, f"{command}/one")
     for _ in range(2):
@@ -651,7 +631,7 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
     bad = " ".join(map(str, range(16, 100)))
     line = error_line(monkeypatch, planted,
                       f"nan {bad} -- {TINY} {OFTEN} --keep 1 --steps 50 --out {tmp_path}")
-    assert "10 updates in a row were not finite, the last at step 14: the loss for t in" in line
+    assert "10 updates in a row were not finite, the last at step 14; try a lower --lr" in line
     assert checkpoint(tmp_path)["step"] == 4
     sample.check_finite(checkpoint(tmp_path)["model"])
 
@@ -762,7 +742,6 @@ def test_a_hostile_configuration_is_refused_before_it_is_built(scratch, small_st
 
 @pytest.mark.parametrize("spoil, answer", [
     (lambda state: state.update(optimizer={"state": 3}), "does not fit"),
-    (lambda state: state.update(unlogged=torch.zeros(2)), "does not fit"),
     (lambda state: state.update(run=3), "does not fit"),
     (lambda state: state["run"].update(classes=["one"]), "classes=['one'] there, ['striped disc'"),
     (lambda state: state["run"].update({"number of images": 7}), "images=7 there, 50000 here"),
