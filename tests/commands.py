@@ -48,10 +48,10 @@ def error_line(monkeypatch, module, *words):
 STARTED = []             # leaders of sessions, which end_all() ends
 
 
-def launch(script, *words, processes=1, agent=None, **settings):
+def launch(script, *words, processes=1, **settings):
     """`python script words`, or the same under torchrun, in the background: a subprocess.Popen."""
-    agent = agent or "--standalone" * (processes > 1)
-    start = f"-m torch.distributed.run {agent} --nproc_per_node={processes}" if agent else ""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
+    start = torchrun if processes > 1 else ""
     command = shlex.split(" ".join(map(str, (start, ROOT / script, *words))))
     settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **settings.get("env", {})}
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True,

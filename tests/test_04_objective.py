@@ -94,19 +94,14 @@ def test_a_label_becomes_the_null_class_where_its_own_draw_is_below_the_rate(u, 
 
 
 def test_features_in_low_precision_are_compared_in_float32():
-    """An encoder under autocast returns bfloat16, whose last digit is 1/256.  Catches resampling or
-    a cosine in that precision."""
-    config = SMALL.replace(repa_dim=6)
-    x_0, t, y = batch(config, size=(12, 8))
-    examples = awake(config), x_0, y, t, torch.randn(x_0.shape)
-    features = torch.randn(2, 6, 7, 5).bfloat16()
+    """An encoder under autocast returns bfloat16.  Catches resampling or a cosine in that
+    precision."""
+    x_0, t, y = batch(SMALL, size=(12, 8))
+    model, features = awake(SMALL.replace(repa_dim=6)), torch.randn(2, 6, 7, 5).bfloat16()
     with torch.no_grad():
-        _, repa = flow_matching_loss(*examples, features)
-        _, exact = flow_matching_loss(*examples, features.float())
-        with torch.autocast("cpu", torch.bfloat16):
-            _, rough = flow_matching_loss(*examples, features)
+        _, repa = flow_matching_loss(model, x_0, y, t, x_0, features)
+        _, exact = flow_matching_loss(model, x_0, y, t, x_0, features.float())
     assert torch.equal(repa, exact)
-    assert rough.dtype == torch.float32 and (rough - exact).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("depth", [1, 8, 9])
