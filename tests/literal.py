@@ -59,13 +59,9 @@ def linear(w, x):
     return w["weight"] @ x + w.get("bias", 0)
 
 
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
-
-
 def silu(z):
     """z times its own sigmoid"""
-    return z * sigmoid(z)
+    return z / (1 + np.exp(-z))
 
 
 def rms_norm(w, x):
@@ -290,13 +286,9 @@ def time_features(t):
     return np.array([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
 
 
-def time_embedding(w, t):
-    return mlp(w, ["mlp.0", "mlp.2"], time_features(t))
-
-
 def condition(w, t, y):
     """(time (D,), c (D,)): how noisy, and how noisy with what"""
-    time = time_embedding(part(w, "time"), t)
+    time = mlp(part(w, "time"), ["mlp.0", "mlp.2"], time_features(t))
     return time, silu(time + w["label.weight"][y])
 
 
@@ -326,25 +318,17 @@ def dip(w, config, x_t, t, y):
         predicted = final_layer(part(w, "output"), config, x_t, tokens, c)
     else:
         predicted = patch_detailer(part(w, "output"), config, x_t, tokens, time)
-    if config.prediction == "x":
-        return clean_to_velocity(x_t, predicted, t), aligned
+    if config.prediction == "x":                         # x_t = x_0 + t v, t not below 0.05
+        return (x_t - predicted) / max(t, 0.05), aligned
     return predicted, aligned
-
-
-def clean_to_velocity(x_t, x_0, t):
-    """Eq. (6) solved for v: x_t = x_0 + t v, where t does not fall below 0.05"""
-    return (x_t - x_0) / max(t, 0.05)
 
 
 # --- the objective --------------------------------------------------------------------------------
 
 
 def interpolate(x_0, noise, t):
-    """Eq. (6): x_t = (1 - t) x_0 + t eps, pixel by pixel"""
-    x_t = np.zeros(x_0.shape)
-    for pixel in np.ndindex(x_0.shape):
-        x_t[pixel] = (1 - t) * x_0[pixel] + t * noise[pixel]
-    return x_t
+    """Eq. (6): x_t = (1 - t) x_0 + t eps"""
+    return (1 - t) * x_0 + t * noise
 
 
 def flow_matching(v, x_0, noise):
@@ -377,13 +361,3 @@ def repa(tokens, features):
         feature = features[:, n // features.shape[2], n % features.shape[2]]
         total += 1 - token @ feature / (math.sqrt(token @ token) * math.sqrt(feature @ feature))
     return total / len(tokens)
-
-
-def logit_normal_time(z, mean, std):
-    """log(t / (1 - t)) = mean + std z, solved for t"""
-    return math.exp(mean + std * z) / (1 + math.exp(mean + std * z))
-
-
-def drop_labels(labels, u, num_classes, rate):
-    """Where the draw from [0, 1) is below the rate, the label becomes the null class."""
-    return [num_classes if draw < rate else y for y, draw in zip(labels, u)]

@@ -616,17 +616,13 @@ def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_pat
     encoder = train.Encoder("tiny", tmp_path / "hub", "local", "cpu")
     assert not any(p.requires_grad for p in encoder.net.parameters()) and not encoder.net.training
     assert encoder.dim == 6 and encoder(torch.zeros(2, 3, 64, 96)).shape == (2, 6, 4, 6)
-    mean = torch.tensor([0.485, 0.456, 0.406])
     shown = []
     encoder.net.forward_features = lambda x: shown.append(x) or {
         "x_norm_patchtokens": torch.zeros(len(x), 4, 6)}
-    for colour, expected in (
-            (mean * 2 - 1, torch.zeros(3)),
-            (torch.ones(3), (1 - mean) / torch.tensor([0.229, 0.224, 0.225]))):
-        encoder(colour[None, :, None, None].expand(1, 3, 32, 32))
-        assert shown[-1].shape == (1, 3, 14, 14)
-        torch.testing.assert_close(shown[-1], expected[None, :, None, None].expand(1, 3, 14, 14),
-                                   rtol=0, atol=1e-5)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
+    for x_0, expected in ((mean * 2 - 1, 0 * mean), (torch.ones(1, 3, 1, 1), (1 - mean) / std)):
+        encoder(x_0.expand(1, 3, 32, 32))
+        torch.testing.assert_close(shown[-1], expected.expand(1, 3, 14, 14), rtol=0, atol=1e-5)
     fine = torch.arange(32) % 3 - 1.0                        # stripes finer than its pixels
     encoder(fine.expand(1, 3, 32, 32))
     assert shown[-1][..., 2:-2].std(dim=-1).max() < 0.5
