@@ -173,12 +173,5 @@ def leaves(tree, name=""):
 
 def assert_same_state(one, other, keys, atol=0):
     """Two checkpoints have the same tensors and numbers under these keys; atol 0: bit for bit."""
-    for key in keys:
-        a, b = dict(leaves(one[key], key)), dict(leaves(other[key], key))
-        assert a.keys() == b.keys()
-        for name in a:
-            if torch.is_tensor(a[name]):
-                torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol,
-                                           msg=lambda text: f"{name}: {text}")
-            else:
-                assert a[name] == b[name], name
+    torch.testing.assert_close(*({key: dict(leaves(state[key])) for key in keys}
+                                 for state in (one, other)), rtol=0, atol=atol)

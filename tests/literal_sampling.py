@@ -81,23 +81,14 @@ def integrate(sampler, v, x, times, normals):
 # Guidance, and one image
 
 
-def guided_velocity(model, x, t, label, scale, interval):
-    """v_0 + scale (v_y - v_0) of one image (3, H, W) where low <= t <= high, else v_y."""
-    def velocity(y):
-        return model(x[None], torch.tensor([float(t)]), torch.tensor([y]))[0]
-
-    low, high = interval
-    if t < low or t > high:
-        return velocity(label)
-    v_y, v_0 = velocity(label), velocity(model.config.num_classes)
-    return v_0 + scale * (v_y - v_0)
-
-
 @torch.no_grad()
 def sample(model, label, stream, size, sampler, steps, cfg, interval):
-    """One image, alone.  The stream gives the starting noise first, then that of each SDE step."""
+    """One image (3, H, W), alone.  The velocity is v_0 + cfg (v_y - v_0) inside the interval, v_y
+    outside.  The stream gives the starting noise first, then that of each SDE step."""
     def v(x, t):
-        return guided_velocity(model, x, t, label, cfg, interval)
+        v_y, v_0 = (model(x[None], torch.tensor([float(t)]), torch.tensor([y]))[0]
+                    for y in (label, model.config.num_classes))
+        return v_y if t < interval[0] or t > interval[1] else v_0 + cfg * (v_y - v_0)
 
     x = torch.randn(3, *size, generator=stream)
     drawn = steps - 1 if sampler == "sde" else 0

@@ -353,10 +353,14 @@ def loss_lines(folder):
 
 
 def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(monkeypatch, tmp_path, twenty, capsys):
-    """Weights, averaged weights, optimizer and log: the same command resumes the same run."""
+    """Weights, averaged weights, optimizer and log: the same command resumes the same run, also one
+    that died: its half-written files go, and no step is logged twice."""
     command, whole = twenty
     for steps in (10, 20):
+        (tmp_path / f".ckpt-{steps:08d}.pt.123.partial").write_bytes(b"half")
+        train.write_log(tmp_path, step=steps - 5, loss=1.0)
         run(monkeypatch, train, command, f"--steps {steps} --sample-every 0 --out {tmp_path}")
+        assert not list(tmp_path.glob(".*.partial"))
     assert "resumed at step 10; --steps 10 -> 20" in capsys.readouterr().out
     a, b = checkpoint(whole), checkpoint(tmp_path)
     assert a["step"] == b["step"] == 20
@@ -365,30 +369,6 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(monkeypatch, tmp_path, tw
     assert training == loss_lines(tmp_path) and len(training) == 20 and "val_loss" in validation
     written = {"ckpt-00000020.pt", "log.jsonl", "loss.png", "samples-00000020.png"}
     assert written <= set(os.listdir(whole))
-
-
-@pytest.mark.parametrize("crash", [2, 5])
-def test_a_run_that_died_is_repeated_by_the_same_command(monkeypatch, tmp_path, crash):
-    """Before the first checkpoint or after it, with accumulation.  Fails if a step is logged twice
-    or if half-written files stay."""
-    command = TINY, "--steps 6 --save-every 3 --log-every 1 --micro-batch 2"
-    run(monkeypatch, train, *command, f"--out {tmp_path}/whole")
-    average, calls = train.get_ema_multi_avg_fn, []
-
-    def dies(decay):
-        calls.append(decay)
-        if len(calls) == crash:
-            raise KeyboardInterrupt
-        return average(decay)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "get_ema_multi_avg_fn", dies)
-        run(patch, train, *command, f"--out {tmp_path}/died")
-    (tmp_path / "died" / ".ckpt-00000006.pt.123.partial").write_bytes(b"half")
-    run(monkeypatch, train, *command, f"--out {tmp_path}/died")
-    assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "died"), STATE)
-    assert loss_lines(tmp_path / "whole") == loss_lines(tmp_path / "died")
-    assert not list((tmp_path / "died").glob(".*.partial"))
 
 
 def test_log_pictures_and_checkpoints_come_when_they_are_due(monkeypatch, tmp_path):
@@ -407,27 +387,19 @@ def test_log_pictures_and_checkpoints_come_when_they_are_due(monkeypatch, tmp_pa
     losses = [line["loss"] for line in fine]
     means = [np.mean(losses[:2]), *losses[2:]]
     assert [line["loss"] for line in coarse] == pytest.approx(means, rel=1e-5)
-    for line in fine:
-        assert line["lr"] == 1e-3 and line["grad_norm"] > 0
-        assert len(line["loss_by_t"]) == 10 and "repa" not in line
-    assert coarse[-1]["grad_norm"] == pytest.approx(fine[-1]["grad_norm"])
+    assert len(fine[0]["loss_by_t"]) == 10 and "repa" not in fine[0]
 
 
 def test_the_speed_is_that_of_the_steps_alone(monkeypatch, tmp_path):
     """By a clock on which a step takes half a second, a checkpoint a minute and pictures ten.
     Catches steps before a resumption that are counted too."""
     now = [0.0]
-
-    def takes(seconds, function):
-        def timed(*arguments):
-            now[0] += seconds
-            return function(*arguments)
-        return timed
-
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: 0))
-    monkeypatch.setattr(train, "write_pictures", lambda *_: None)
-    for name, seconds in (("training_step", 0.5), ("save_checkpoint", 60), ("write_pictures", 600)):
-        monkeypatch.setattr(train, name, takes(seconds, getattr(train, name)))
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[-1], monotonic=lambda: 0))
+    for name, seconds, call in (("training_step", 0.5, train.training_step),
+                                ("save_checkpoint", 60, train.save_checkpoint),
+                                ("write_pictures", 600, lambda *_: None)):
+        monkeypatch.setattr(train, name, lambda *arguments, seconds=seconds, call=call: now.append(
+            now[-1] + seconds) or call(*arguments))
     for steps in (4, 8):
         run(monkeypatch, train, TINY, f"--steps {steps} --log-every 2 --sample-every 3",
             f"--save-every 5 --out {tmp_path}")
@@ -562,39 +534,25 @@ twin = tiny
 
 @pytest.fixture
 def aligned(tmp_path):
-    """The words that align a run with a small encoder in a local repository."""
+    """The words of a run that aligns with a small encoder in a local repository."""
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "hubconf.py").write_text(ENCODER)
-    return f"--repa tiny --repa-repo {tmp_path}/hub --repa-source local --lr 3e-3 --log-every 10"
-
-
-def test_repa_aligns_with_a_local_encoder_and_resumes_bit_for_bit(monkeypatch, tmp_path, aligned):
-    """The encoder stays out of the checkpoint."""
-    out = tmp_path / "run"
-    run(monkeypatch, train, TINY, "--steps 30 --save-every 10 --keep 3", aligned, f"--out {out}")
-    losses = [line["repa"] for line in loss_lines(out)]
-    assert len(losses) == 3 and 0 < losses[2] < 0.9 * losses[0]
-    state = checkpoint(out)
-    assert state["config"]["repa_dim"] == 6
-    (out / "ckpt-00000030.pt").unlink()
-    run(monkeypatch, train, TINY, "--steps 30", aligned, f"--out {out}")
-    assert_same_state(state, checkpoint(out), STATE)
-    line = error_line(monkeypatch, train, TINY, aligned, f"--repa twin --out {out}")
-    assert "does not fit; choose another --out (repa=tiny there, twin here)" in line
+    return f"--repa tiny --repa-repo {tmp_path}/hub --repa-source local --steps 4 --log-every 1"
 
 
 def test_two_processes_under_torchrun_train_the_run_of_one(monkeypatch, tmp_path, aligned):
-    """Rank 0 fills the cache of torch.hub while rank 1 waits.  Catches seeds by rank, means of
-    unequal parts, and lines of the log from both ranks."""
-    words = f"{TINY} --steps 4 {aligned} --log-every 1"
-    code, *texts = outcome(launch("train.py", words, f"--out {tmp_path}/two", processes=2))
-    assert code == 0, texts
-    run(monkeypatch, train, words, f"--out {tmp_path}/one")
+    """With REPA: rank 0 fills the cache of torch.hub while rank 1 waits.  Catches seeds by rank,
+    means of unequal parts, and lines of the log from both ranks."""
     one, two = tmp_path / "one", tmp_path / "two"
+    code, *texts = outcome(launch("train.py", TINY, aligned, f"--out {two}", processes=2))
+    assert code == 0, texts
+    run(monkeypatch, train, TINY, aligned, f"--out {one}")
     assert_same_state(checkpoint(one), checkpoint(two), ["model", "ema"], atol=1e-5)
     for key in ("loss", "repa", "grad_norm"):
         losses = [[line[key] for line in loss_lines(folder)] for folder in (one, two)]
         assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    line = error_line(monkeypatch, train, TINY, aligned, f"--repa twin --out {one}")
+    assert "does not fit; choose another --out (repa=tiny there, twin here)" in line
 
 
 @pytest.mark.parametrize("local, turns", [(0, ["load", "wait", "wait"]),
