@@ -112,22 +112,6 @@ def learning_rate(step, steps, lr, warmup, cooldown):
     return rate
 
 
-class Adam:
-    """Adam with beta = 0.9, 0.999 and no weight decay, by its formulas."""
-
-    def __init__(self, weights):
-        self.m = [torch.zeros_like(w) for w in weights]
-        self.v = [torch.zeros_like(w) for w in weights]
-        self.n = 0
-
-    def step(self, weights, gradients, lr):
-        self.n += 1
-        for w, g, m, v in zip(weights, gradients, self.m, self.v):
-            m.copy_(0.9 * m + 0.1 * g)
-            v.copy_(0.999 * v + 0.001 * g**2)
-            w -= lr * (m / (1 - 0.9**self.n)) / ((v / (1 - 0.999**self.n)).sqrt() + 1e-8)
-
-
 def example(data, order, k, seed, purpose, stream):
     """Example k as (x_0, y, noise, z, u), from the streams of (seed, k); training images are
     flipped by a coin."""
@@ -156,7 +140,7 @@ def image_loss(model, x_0, y, noise, t, features=None):
 def fit(model, data, order, options, stream, encoder=None, repa_weight=0.5):
     """The training of train.py, one image at a time: (average of the weights, lines of the log)."""
     weights = list(model.parameters())
-    ema, adam, log = copy.deepcopy(model), Adam(weights), []
+    ema, adam, log = copy.deepcopy(model), torch.optim.Adam(weights), []
     for step in range(options.steps):
         total = flow_total = 0
         for k in range(step * options.batch_size, (step + 1) * options.batch_size):
@@ -167,11 +151,13 @@ def fit(model, data, order, options, stream, encoder=None, repa_weight=0.5):
             total, flow_total = total + flow + repa_weight * repa, flow_total + flow.item()
         gradients = torch.autograd.grad(total / options.batch_size, weights)
         norm = math.sqrt(sum((g.double() ** 2).sum().item() for g in gradients))
-        if options.clip and norm > options.clip:
-            gradients = [g * (options.clip / norm) for g in gradients]
+        for weight, gradient in zip(weights, gradients):
+            too_long = options.clip and norm > options.clip
+            weight.grad = gradient * (options.clip / norm) if too_long else gradient
         lr = learning_rate(step, options.steps, options.lr, options.warmup, options.cooldown)
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
         with torch.no_grad():
-            adam.step(weights, gradients, lr)
             decay = min(options.ema, (1 + step) / (10 + step))
             for average, weight in zip(ema.parameters(), weights):
                 average.copy_(decay * average + (1 - decay) * weight)
