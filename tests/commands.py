@@ -48,10 +48,10 @@ def error_line(monkeypatch, module, *words):
 STARTED = []             # leaders of sessions, which end_all() ends
 
 
-def launch(script, *words, processes=1, agent=None, **settings):
+def launch(script, *words, processes=1, **settings):
     """`python script words`, or the same under torchrun, in the background: a subprocess.Popen."""
-    agent = agent or "--standalone" * (processes > 1)
-    start = f"-m torch.distributed.run {agent} --nproc_per_node={processes}" if agent else ""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
+    start = torchrun if processes > 1 else ""
     command = shlex.split(" ".join(map(str, (start, ROOT / script, *words))))
     settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **settings.get("env", {})}
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True,
@@ -141,10 +141,10 @@ def in_background(module, words, files, ranks, cwd, first):
     run_command(importlib.import_module(module).main)
 
 
-def run_ranks(world, module, *words, cwd="."):
+def run_ranks(world, module, *words, **settings):
     """The processes that torchrun would start on one machine, in the background."""
     port = free_port()
-    return [Background(module, *words, rank=rank, world=world, port=port, cwd=cwd)
+    return [Background(module, *words, rank=rank, world=world, port=port, **settings)
             for rank in range(world)]
 
 
@@ -173,12 +173,5 @@ def leaves(tree, name=""):
 
 def assert_same_state(one, other, keys, atol=0):
     """Two checkpoints have the same tensors and numbers under these keys; atol 0: bit for bit."""
-    for key in keys:
-        a, b = dict(leaves(one[key], key)), dict(leaves(other[key], key))
-        assert a.keys() == b.keys()
-        for name in a:
-            if torch.is_tensor(a[name]):
-                torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol,
-                                           msg=lambda text: f"{name}: {text}")
-            else:
-                assert a[name] == b[name], name
+    torch.testing.assert_close(*({key: dict(leaves(state[key])) for key in keys}
+                                 for state in (one, other)), rtol=0, atol=atol)

@@ -59,13 +59,9 @@ def linear(w, x):
     return w["weight"] @ x + w.get("bias", 0)
 
 
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
-
-
 def silu(z):
     """z times its own sigmoid"""
-    return z * sigmoid(z)
+    return z / (1 + np.exp(-z))
 
 
 def rms_norm(w, x):
@@ -150,13 +146,6 @@ def turns(row, column, d):
     f = [10000 ** (-k / (d // 4)) for k in range(d // 4)]
     return [(k, k + d // 2, row * f[k]) for k in range(d // 4)] + [
         (k + d // 4, k + d // 4 + d // 2, column * f[k]) for k in range(d // 4)]
-
-
-def release_turns(row, column, d):
-    """The authors' pairs are neighbours, and alternate: column, row, column, row, ..."""
-    f = [10000 ** (-k / (d // 4)) for k in range(d // 4)]
-    return [pair for k in range(d // 4)
-            for pair in ((4 * k, 4 * k + 1, column * f[k]), (4 * k + 2, 4 * k + 3, row * f[k]))]
 
 
 def rotated(x, turn):
@@ -297,13 +286,9 @@ def time_features(t):
     return np.array([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
 
 
-def time_embedding(w, t):
-    return mlp(w, ["mlp.0", "mlp.2"], time_features(t))
-
-
 def condition(w, t, y):
     """(time (D,), c (D,)): how noisy, and how noisy with what"""
-    time = time_embedding(part(w, "time"), t)
+    time = mlp(part(w, "time"), ["mlp.0", "mlp.2"], time_features(t))
     return time, silu(time + w["label.weight"][y])
 
 
@@ -333,54 +318,17 @@ def dip(w, config, x_t, t, y):
         predicted = final_layer(part(w, "output"), config, x_t, tokens, c)
     else:
         predicted = patch_detailer(part(w, "output"), config, x_t, tokens, time)
-    if config.prediction == "x":
-        return clean_to_velocity(x_t, predicted, t), aligned
+    if config.prediction == "x":                         # x_t = x_0 + t v, t not below 0.05
+        return (x_t - predicted) / max(t, 0.05), aligned
     return predicted, aligned
-
-
-def clean_to_velocity(x_t, x_0, t):
-    """Eq. (6) solved for v: x_t = x_0 + t v, where t does not fall below 0.05"""
-    return (x_t - x_0) / max(t, 0.05)
-
-
-def release(w, num_heads, x_t, t, y):
-    """The authors' network in their own names and conventions: t = 0 is noise, the velocity points
-    to the data, rotary pairs are neighbours.  w: their state dict, as arrays."""
-    P = math.isqrt(w["s_embedder.proj.weight"].shape[1] // 3)
-    (_, H, W), d = x_t.shape, len(w["blocks.0.attn.q_norm.weight"])
-    renamed = {}
-    for name, value in w.items():
-        for theirs, ours in {"attn.proj": "attn.out", "attn": "attention", "w1": "gate",
-                             "w2": "out", "w3": "value", "adaLN_modulation.0": "adaLN"}.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = value
-    time = time_embedding(part(w, "t_embedder"), t)
-    c = silu(time + w["y_embedder.embedding_table.weight"][y])
-    tokens = [linear(part(w, "s_embedder.proj"), patch(x_t, P, n).flatten())
-              for n in range(H // P * (W // P))]
-    where = [release_turns(row, column, d) for row, column in positions(H // P, W // P)]
-    for k in range(count(w, "blocks")):
-        tokens = block(part(renamed, f"blocks.{k}"), num_heads, tokens, c, where)
-    names, head = {"bottleneck.0": "bottleneck", "out_conv": "out"}, {}
-    for k in (1, 2, 3, 4):                               # theirs count from the full size
-        names |= {f"enc{k}.0": f"down.{k - 1}", f"up{k}": f"up.{4 - k}",
-                  f"dec{k}.0": f"merge.{4 - k}"}
-    for theirs, ours in names.items():
-        for kind in ("weight", "bias"):
-            head[f"{ours}.{kind}"] = w[f"local_decoder.{theirs}.{kind}"]
-    return put_together([unet(head, patch(x_t, P, n), silu(s + time)[:, None, None])
-                         for n, s in enumerate(tokens)], H, W)
 
 
 # --- the objective --------------------------------------------------------------------------------
 
 
 def interpolate(x_0, noise, t):
-    """Eq. (6): x_t = (1 - t) x_0 + t eps, pixel by pixel"""
-    x_t = np.zeros(x_0.shape)
-    for pixel in np.ndindex(x_0.shape):
-        x_t[pixel] = (1 - t) * x_0[pixel] + t * noise[pixel]
-    return x_t
+    """Eq. (6): x_t = (1 - t) x_0 + t eps"""
+    return (1 - t) * x_0 + t * noise
 
 
 def flow_matching(v, x_0, noise):
@@ -413,13 +361,3 @@ def repa(tokens, features):
         feature = features[:, n // features.shape[2], n % features.shape[2]]
         total += 1 - token @ feature / (math.sqrt(token @ token) * math.sqrt(feature @ feature))
     return total / len(tokens)
-
-
-def logit_normal_time(z, mean, std):
-    """log(t / (1 - t)) = mean + std z, solved for t"""
-    return math.exp(mean + std * z) / (1 + math.exp(mean + std * z))
-
-
-def drop_labels(labels, u, num_classes, rate):
-    """Where the draw from [0, 1) is below the rate, the label becomes the null class."""
-    return [num_classes if draw < rate else y for y, draw in zip(labels, u)]

