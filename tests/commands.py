@@ -141,10 +141,10 @@ def in_background(module, words, files, ranks, cwd, first):
     run_command(importlib.import_module(module).main)
 
 
-def run_ranks(world, module, *words, cwd="."):
+def run_ranks(world, module, *words, **settings):
     """The processes that torchrun would start on one machine, in the background."""
     port = free_port()
-    return [Background(module, *words, rank=rank, world=world, port=port, cwd=cwd)
+    return [Background(module, *words, rank=rank, world=world, port=port, **settings)
             for rank in range(world)]
 
 
