@@ -622,8 +622,8 @@ def expected_result(a, b, distance=literal.half_squared_distance):
             images = pictures(7, 8, 6, seed + 1)
         outputs.append(None if kind == "statistics.npz" else
                        [x.double().numpy() for x in SmallNet()(torch.from_numpy(images))])
-    found = {metric: literal.frechet(*(side[key + end] for side in stats for key in ("mu", "sigma")))
-             for metric, end in (("FID", ""), ("sFID", "_s"))}
+    found = {metric: literal.frechet(*(side[key] for side in stats for key in keys))
+             for metric, keys in (("FID", ("mu", "sigma")), ("sFID", ("mu_s", "sigma_s")))}
     if outputs[1]:
         found["Inception Score"] = literal.inception_score(outputs[1][2], 5000)
     if all(outputs):
