@@ -331,10 +331,17 @@ def out_of_memory(*_, **__):
                        "memory: you tried to allocate 341269 bytes.")
 
 
+def unmappable(*arguments, mmap=False, load=torch.load, **settings):
+    """torch.load under `ulimit -v`."""
+    if mmap:
+        raise RuntimeError("unable to mmap 341269 bytes: Cannot allocate memory (12)")
+    return load(*arguments, **settings)
+
+
 def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypatch, six, four,
                                                                         capsys):
     """Catches an older checkpoint that is resumed, and the newer one overwritten, because the disk
-    or the memory failed for a moment.  The same command goes on."""
+    or the memory failed for a moment.  The same command goes on, also where no file is mapped."""
     before = contents(four)
     for module, name, fail, answer in (
             (torch, "load", failing(errno.EIO), "Input/output error"),
@@ -348,22 +355,11 @@ def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypa
             if name == "load":
                 assert answer in error_line(patch, sample, f"--ckpt {four} --device cpu")
         assert "skipped" not in capsys.readouterr().out and contents(four) == before
-    run(monkeypatch, train, six.command, f"--out {four}")
-    assert_same_run(six.whole, four)
-
-
-def test_a_checkpoint_that_cannot_be_mapped_is_read_without_mapping(monkeypatch, six, four, capsys):
-    """As under `ulimit -v`."""
-    def unmappable(*arguments, mmap=False, load=torch.load, **settings):
-        if mmap:
-            raise RuntimeError("unable to mmap 341269 bytes: Cannot allocate memory (12)")
-        return load(*arguments, **settings)
-
-    monkeypatch.setattr(torch, "load", unmappable)
-    run(monkeypatch, train, six.command, f"--out {four}")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", unmappable)
+        run(patch, train, six.command, f"--out {four}")
     assert "resumed at step 4" in capsys.readouterr().out
     assert_same_run(six.whole, four)
-
 
 
 # --- damaged files --------------------------------------------------------------------------------
@@ -394,17 +390,14 @@ def test_a_damaged_newest_checkpoint_is_skipped(monkeypatch, capsys, six, four, 
     assert_same_run(six.whole, four)
 
 
-def test_a_checkpoint_that_another_process_drops_meanwhile_is_skipped(four):
-    """A link to nowhere is in the list of files, and is no file when it is opened."""
-    (four / "ckpt-00000009.pt").symlink_to(four / "dropped")
-    assert sample.newest_intact(four) == four / "ckpt-00000004.pt"
-
-
-def test_a_broken_later_checkpoint_never_costs_a_good_one(monkeypatch, six, four):
-    """Old ones are dropped from the checkpoint just written downwards, not from the last name."""
+def test_a_later_checkpoint_that_is_broken_or_dropped_meanwhile_never_costs_a_good_one(
+        monkeypatch, six, four):
+    """Old ones are dropped from the checkpoint just written downwards, not from the last name.  A
+    link to nowhere is in the list of files, and is no file when it is opened."""
+    (four / "ckpt-00000008.pt").symlink_to(four / "dropped")
     (four / "ckpt-00000009.pt").write_bytes(b"broken")
     run(monkeypatch, train, six.command, f"--steps 5 --keep 1 --out {four}")
-    assert {path.name for path in four.glob("*.pt")} == {"ckpt-00000005.pt", "ckpt-00000009.pt"}
+    assert [path.stem[-1] for path in sorted(four.glob("*.pt"))] == ["5", "8", "9"]
 
 
 def test_when_no_checkpoint_is_whole_no_rank_begins_anew(monkeypatch, four):
@@ -485,15 +478,12 @@ def test_bad_images_found_by_loader_processes_end_the_run(tmp_path):
 def test_an_error_of_the_system_is_no_bad_image(monkeypatch, tmp_path):
     """Catches a network disk's hiccup taken for a broken file, and trained around."""
     root, command = album(tmp_path, 10), f"{TINY} --steps 2 --out {tmp_path}/run --data"
-    for number in (errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE):
-        monkeypatch.setattr(train, "read_image", failing(number))
-        assert os.strerror(number) in error_line(monkeypatch, train, command, root)
-
-    def no_memory(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(train, "read_image", no_memory)
-    assert "out of memory" in error_line(monkeypatch, train, command, root)
+    for fail, answer in (
+            *((failing(number), os.strerror(number)) for number in (
+                errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE)),
+            (out_of_memory, "out of memory")):
+        monkeypatch.setattr(train, "read_image", fail)
+        assert answer in error_line(monkeypatch, train, command, root)
 
 
 # --- bad numbers ----------------------------------------------------------------------------------
@@ -638,7 +628,7 @@ def small_state(good_checkpoint):
     return {key: state[key] for key in (*sample.INFO, "ema")}
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(draw=st.data())
 def test_a_checkpoint_of_nonsense_is_a_clean_error(scratch, small_state, draw):
     """A file that is formally right, with anything at all in place of a field or a setting."""
@@ -674,18 +664,6 @@ def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, spo
     spoil(state)
     torch.save(state, tmp_path / "ckpt-00000001.pt")
     assert answer in error_line(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}")
-
-
-def test_the_settings_of_the_optimizer_are_those_of_the_command_not_of_the_file(
-        monkeypatch, trained, tmp_path):
-    """A checkpoint brings Adam's moments alone."""
-    state = checkpoint(trained)
-    state["optimizer"]["param_groups"] = 5
-    torch.save(state, tmp_path / "ckpt-00000001.pt")
-    run(monkeypatch, train, TINY, f"--steps 2 --lr 0 --out {tmp_path}")
-    resumed = checkpoint(tmp_path)
-    assert_same_state(resumed, state, ["model"])
-    assert resumed["optimizer"]["param_groups"][0]["weight_decay"] == 0
 
 
 LOG = b"".join(json.dumps({"step": k, "loss": 0.5}).encode() + b"\n" for k in range(9))
