@@ -32,6 +32,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -177,8 +178,8 @@ def generate(model, labels, indices=None, seed=0, size=None, sampler="euler", st
             watch(t, x, v)
         return v
 
-    extra = {"noise": noise} if sampler == "sde" else {}
-    return checked(SAMPLERS[sampler](velocity, noise(), steps, **extra), 0.0)
+    integrate = partial(euler_maruyama, noise=noise) if sampler == "sde" else SAMPLERS[sampler]
+    return checked(integrate(velocity, noise(), steps), 0.0)
 
 
 def to_uint8(x):
@@ -296,8 +297,11 @@ def export(model, options):
                 part = np.arange(starts[b], min(starts[b] + options.batch, N))
                 x = generate(model, part % K, part, **options.settings,
                              watch=lambda *_: bar.update())
-                write_at(pixels, header + starts[b] * H * W * 3, to_uint8(x).tobytes())
-                write_at(done, b, b"\1")
+                for file, place, data in ((pixels, header + starts[b] * H * W * 3, to_uint8(x)),
+                                          (done, b, np.ones(1, np.uint8))):
+                    file.seek(place)
+                    file.write(data.tobytes())
+                    sync(file)
         dist.barrier()
         if rank == 0:
             def write(path):
@@ -309,13 +313,6 @@ def export(model, options):
             print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
     if rank == 0:
         shutil.rmtree(parts, ignore_errors=True)
-
-
-def write_at(file, place, data):
-    """Write bytes at a place of an open file, and wait until they are on the disk."""
-    file.seek(place)
-    file.write(data)
-    sync(file)
 
 
 def begin_export(parts, options, shape, batches):
@@ -381,11 +378,6 @@ def parse(argv=None):
     for file in filter(None, (options.num_samples and options.out, options.save_weights)):
         if Path(file).exists():
             parser.error(f"{file} exists; delete it, or choose another name")
-    trajectory = options.out.with_stem(options.out.stem + "-trajectory")
-    for path in (options.out, trajectory, trajectory.with_suffix(".gif")):
-        if path.suffix != ".npz" and path.exists() and not path.open("rb").read(4) in (
-                b"\x89PNG", b"GIF8"):
-            parser.error(f"{path} exists and is not a picture; choose another --out")
     return options
 
 
@@ -546,10 +538,6 @@ def read_file(path):
             return load_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):                     # else: too little address space
-                raise
-            state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
                 raise
@@ -597,16 +585,22 @@ def compile_blocks(model):
         block.forward = torch.compile(block.forward)
 
 
-def sync(file):
-    """Wait until what was written to an open file is on the disk.  Only warns where the file system
-    cannot do that."""
-    file.flush()
+@contextmanager
+def if_supported(risk):
+    """Inside, only warn of the risk where the file system lacks a service."""
     try:
-        os.fsync(file.fileno())
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        warnings.warn(f"no fsync here ({error}): a power loss may damage files")
+        warnings.warn(f"{risk} ({error})")
+
+
+def sync(file):
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    with if_supported("no fsync here: a power loss may damage files"):
+        os.fsync(file.fileno())
 
 
 def save_atomically(path, write):
@@ -639,14 +633,11 @@ def locked(folder):
         return
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with if_supported(f"{folder}: no locks here; do not start a second run there"):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{folder}: another process is writing there; wait until it ends, or "
                              f"choose another --out") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            warnings.warn(f"{folder}: no locks here ({error}); do not start a second run there")
         yield
 
 

@@ -230,43 +230,41 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
     out, rank = Path(options.out), dist.get_rank()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
-    first, unlogged = resume(model, ema, optimizer, options, data)
+    first = resume(model, ema, optimizer, options, data)
     net = prepare(model, options)
     batches = load_batches(options, data, first)
-    done, skipped, since, clock = first, 0, first, time.time()
     if rank == 0:
         write_log(out, step=first, options=vars(options), config=asdict(model.config))
     bar = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0)
+    sums, since, clock, done, skipped = torch.zeros(3, BINS), first, time.time(), first, 0
     for step in bar:
         losses, norm = training_step(net, ema, optimizer, batches, step, options, encoder)
-        if math.isfinite(norm):
-            unlogged, skipped = unlogged + losses.cpu(), 0
-        else:
-            skipped = report_skipped(out, step + 1, skipped + 1, losses.cpu())
         done, last = step + 1, step + 1 == options.steps
+        if math.isfinite(norm):
+            sums, skipped = sums + losses.cpu(), 0
+        else:
+            skipped += 1
+            report_skipped(out, done, norm, skipped)
         stop = total(len(signals)) > 0                       # a signal to one rank stops all
-        log = last or done % options.log_every == 0
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
-        if log or save:
-            unlogged = total(unlogged) * (rank == 0)         # rank 0 has the sum, the others 0
-        if rank == 0:
-            if log and unlogged.any():                       # some update was not skipped
-                line = mean_losses(unlogged)
+        if save or sample or done % options.log_every == 0:              # at a save too: resume at a new line
+            sums = total(sums)
+            if rank == 0 and sums.any():                     # some update was not skipped
+                line = mean_losses(sums)
                 speed = (done - since) * options.batch_size / (time.time() - clock)
                 write_log(out, step=done, **line, lr=optimizer.param_groups[0]["lr"],
                           images_per_s=round(speed, 1), grad_norm=norm)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
-                unlogged, since, clock = torch.zeros(3, BINS), done, time.time()
-            if save:                                         # before pictures: they take long
-                save_checkpoint(model, ema, optimizer, options, data, done, unlogged)
-            if sample and not stop:
+            sums, since = torch.zeros(3, BINS), done
+            if rank == 0 and save:                           # before pictures: they take long
+                save_checkpoint(model, ema, optimizer, options, data, done)
+            if rank == 0 and sample and not stop:
                 try:
                     write_pictures(out, done, ema, data, val_data, options)
                 except FloatingPointError as error:          # of an early or diverging model
                     tqdm.write(f"warning: no samples at step {done}: {error}", file=sys.stderr)
-            if sample or save:
-                since, clock = done, time.time()             # speed: of training alone
+            clock = time.time()                              # speed: of training alone
         if stop:
             break
     dist.barrier()                                           # no rank exits before it is saved
@@ -292,12 +290,12 @@ def prepare(model, options):
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
-def save_checkpoint(model, ema, optimizer, options, data, step, unlogged):
+def save_checkpoint(model, ema, optimizer, options, data, step):
     """Save ckpt-<step>.pt whole or not at all, then drop the oldest beyond --keep."""
     check_finite(model.state_dict())
     path = Path(options.out, f"ckpt-{step:08d}.pt")
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                 step=step, unlogged=unlogged, config=asdict(model.config), options=vars(options),
+                 step=step, config=asdict(model.config), options=vars(options),
                  run=identity(model, options, data), classes=data.classes, names=data.names)
     save_atomically(path, lambda partial: torch.save(state, partial))
     saved = [file for file in sorted(path.parent.glob("ckpt-*.pt")) if file <= path]
@@ -313,12 +311,12 @@ def identity(model, options, data):
 
 
 def resume(model, ema, optimizer, options, data):
-    """Load the newest checkpoint in --out, if there is one: (steps done, losses not yet logged)."""
-    out, rank = Path(options.out), dist.get_rank()
+    """Load the newest checkpoint in --out, if there is one.  Returns the steps done."""
+    out = Path(options.out)
     path = on_rank_0(newest_intact, out, True)
     if not path:
         on_rank_0(clean, out, 0)
-        return 0, torch.zeros(3, BINS)
+        return 0
     state = read_file(path)
     with in_one_line(f"{path} does not fit; choose another --out"):
         then, now = state["run"], identity(model, options, data)
@@ -330,16 +328,14 @@ def resume(model, ema, optimizer, options, data):
         ema.load_state_dict(state["ema"])
         moments = copy.deepcopy(state["optimizer"]["state"])             # leaves the mapped file
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        step = state["step"]
-        unlogged = torch.zeros(3, BINS) + state["unlogged"] * (rank == 0)    # the sum of all ranks
-        old = state["options"]
-    if rank == 0:
-        clean(out, step)
+        step, old = state["step"], state["options"]
+    on_rank_0(clean, out, step)
+    if dist.get_rank() == 0:
         changed = [f"; --{name} {old.get(name)} -> {getattr(options, name)}"
                    for name in ("steps", "lr", "warmup", "cooldown", "clip", "data", "init")
                    if old.get(name) != getattr(options, name)]
         print(f"resumed at step {step}" + "".join(changed))
-    return step, unlogged
+    return step
 
 
 def clean(out, step):
@@ -374,20 +370,15 @@ ENDING_SIGNALS = [getattr(signal, name) for name in (        # sent by terminals
     "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)]
 
 
-def report_skipped(out, step, skipped, losses):
-    """Say where an update was not finite; returns how many there were in a row, and ends the run
-    after MAX_SKIPPED."""
-    flow = total(losses)[0]
-    where = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)
-             if not flow[k].isfinite()]
-    what = f"the loss for t in {', '.join(where)}" if where else "the gradient"
+def report_skipped(out, step, norm, skipped):
+    """Warn of an update that was skipped; end the run after MAX_SKIPPED in a row."""
     if dist.get_rank() == 0:
-        tqdm.write(f"warning: step {step}: {what} is not finite: update skipped", file=sys.stderr)
-        write_log(out, step=step, skipped=what)
+        tqdm.write(f"warning: step {step}: the gradient's norm is {norm}: update skipped",
+                   file=sys.stderr)
+        write_log(out, step=step, skipped=str(norm))
     if skipped == MAX_SKIPPED:
         raise FloatingPointError(f"{skipped} updates in a row were not finite, the last at step "
-                                 f"{step}: {what}; try a lower --lr from the last checkpoint")
-    return skipped
+                                 f"{step}; try a lower --lr from the last checkpoint")
 
 
 def start_from(model, given, path):
@@ -479,31 +470,26 @@ def read_log(out):
 def draw_losses(out, time_mean):
     """loss.png: losses of training and of validation, a panel each because they draw t differently,
     and both by t at the last step."""
-    figure = Figure((11, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    by_t = panels[2]
-    for axes, key, name, colour in (
-            (panels[0], "loss", f"training, mean logit t = {time_mean:g}", "C0"),
-            (panels[1], "val_loss", "validation, EMA, mean logit t = 0", "C1")):
-        lines = [line for line in read_log(out) if line.get(key) is not None]
-        axes.set(title=name, xlabel="step")
-        if lines:
-            axes.plot([line["step"] for line in lines], [line[key] for line in lines], "o-",
-                      color=colour, markersize=3, linewidth=1)
-            by_t.stairs(np.array(lines[-1][f"{key}_by_t"], dtype=float),
-                        np.linspace(0, 1, BINS + 1), color=colour, label=name, baseline=None)
+    figure, log = Figure((11, 3.4), layout="constrained"), read_log(out)
+    *curves, by_t = figure.subplots(1, 3)
+    names = f"training, mean logit t = {time_mean:g}", "validation, EMA, mean logit t = 0"
+    for axes, key, name, colour in zip(curves, ("loss", "val_loss"), names, ("C0", "C1")):
+        lines = [line for line in log if line.get(key) is not None]
+        axes.plot([line["step"] for line in lines], [line[key] for line in lines], ".-", c=colour)
+        axes.set(title=name, xlabel="step", ylabel="flow matching loss, Eq. (5)")
+        for line in lines[-1:]:
+            by_t.stairs(np.array(line[f"{key}_by_t"], dtype=float), np.linspace(0, 1, BINS + 1),
+                        color=colour, label=name, baseline=None)
             by_t.legend(fontsize=7)
-    panels[0].set_ylabel("flow matching loss, Eq. (5)")
     by_t.set(title="both by t, at the last step", xlabel="t, from data to noise")
-    for axes in panels:
+    for axes in (*curves, by_t):                             # plain numbers, also in a narrow range
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(
             LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
     save_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
 
 
@@ -584,23 +570,18 @@ class ImageFolder:
         splits = {found[1].lower(): found[0] for found in map(SPLIT.fullmatch, sorted(names))
                   if found}                  # one alone, such as bullet_train, may be a class
         deep = {parts[1] for parts in inside if len(parts) > 2}
-        if not self.files:
-            problem = "no images"
-        elif len(splits) > 1:
-            problem = f"splits where classes should be: {', '.join(splits.values())}"
-        elif loose and folders:
-            problem = f"images ({loose[0]}) beside folders ({folders[0]}/)"
-        elif empty:
-            problem = f"folders without images: {', '.join(sorted(empty)[:5])}"
-        elif (self.root / "dataset.json").exists() or (folders and all(  # EDM, FFHQ
-                name.isdecimal() and len(name) >= 5 for name in folders)):
-            problem = f"numbered folders, which are no classes: {', '.join(folders[:3])}"
-        elif len(folders) == 1 and len(deep) > 1 and all(len(parts) > 2 for parts in inside):
-            problem = f"one folder of folders: give {self.root / folders[0]} itself?"
-        else:
-            problem = None
-        if problem:
-            raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
+        numbered = (self.root / "dataset.json").exists() or (folders and all(    # EDM, FFHQ
+            name.isdecimal() and len(name) >= 5 for name in folders))
+        nested = len(folders) == 1 and len(deep) > 1 and all(len(parts) > 2 for parts in inside)
+        for holds, problem in (
+                (not self.files, "no images"),
+                (len(splits) > 1, f"splits where classes should be: {', '.join(splits.values())}"),
+                (loose and folders, f"images beside folders: {', '.join(loose[:1] + folders[:1])}"),
+                (empty, f"folders without images: {', '.join(sorted(empty)[:5])}"),
+                (numbered, f"numbered folders, which are no classes: {', '.join(folders[:3])}"),
+                (nested, f"one folder of folders, {''.join(folders[:1])}: give that one itself?")):
+            if holds:
+                raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
         named = self.root.resolve()          # flat DIR/train and DIR/val are both of class DIR
         self.classes = folders or [(named.parent if named.name in ("train", "val") else named).name]
         self.labels = [folders.index(parts[0]) if folders else 0 for parts in inside]

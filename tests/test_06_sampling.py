@@ -406,21 +406,6 @@ def test_a_default_name_says_what_the_picture_shows(monkeypatch, trained, tmp_pa
         "samples-seed0.png"]
 
 
-def test_a_picture_replaces_pictures_only(monkeypatch, trained, tmp_path, flat_images):
-    """Catches a user's data that are lost in a file called .png or .gif."""
-    command = f"--ckpt {trained} --class 1 --per-class 2 --trajectory --out {tmp_path}/g.png"
-    for name in ("g.png", "g-trajectory.png", "g-trajectory.gif"):
-        (tmp_path / name).write_text("not a picture")
-        line = error_line(monkeypatch, sample, command)
-        assert f"{tmp_path}/{name} exists and is not a picture; choose another --out" in line
-        assert (tmp_path / name).read_text() == "not a picture"
-        (tmp_path / name).unlink()
-    run(monkeypatch, sample, command)
-    first = (tmp_path / "g.png").read_bytes()
-    run(monkeypatch, sample, command, "--class 2")
-    assert (tmp_path / "g.png").read_bytes() != first and len(os.listdir(tmp_path)) == 3
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_bar_counts_evaluations(monkeypatch, trained, tmp_path, capsys, sampler):
     """Of all batches.  Catches a bar that stands at 0/1 for an hour, and one that ends early."""

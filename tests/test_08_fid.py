@@ -606,6 +606,7 @@ def album(tmp_path_factory):
 def result_of(monkeypatch, small, tmp_path):
     """Runs `python fid.py words --json FILE`; returns what the file holds."""
     def result_of(*words):
+        (tmp_path / "r.json").unlink(missing_ok=True)
         run(monkeypatch, fid, *words, "--json", tmp_path / "r.json")
         return json.loads((tmp_path / "r.json").read_text())
 
@@ -868,8 +869,6 @@ def test_bad_input_is_one_line_that_names_it(monkeypatch, album, small, tmp_path
     # an unset $VARIABLE is neither the current folder nor an option that was not given
     ("'' STATS", "no file or folder at ''"),
     ("STATS ''", "no file or folder at ''"),
-    ("STATS STATS --json ''", "--json '': there is no folder"),
-    ("STATS STATS --save-stats ''", "--save-stats '': there is no folder"),
 ])
 def test_an_option_that_cannot_act_is_refused_before_any_work(monkeypatch, album, small, tmp_path,
                                                               capsys, words, message):
@@ -884,8 +883,7 @@ def test_an_option_that_cannot_act_is_refused_before_any_work(monkeypatch, album
 
 
 @pytest.mark.parametrize("option", ("--save-stats", "--json"))
-def test_no_file_is_replaced_that_the_option_could_not_have_written(monkeypatch, album, small,
-                                                                    tmp_path, option):
+def test_no_file_is_replaced(monkeypatch, album, tmp_path, option):
     """Catches `--save-stats a.npz b.npz`, where the file's name was forgotten: the archive of
     images a.npz became statistics."""
     monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
