@@ -670,16 +670,16 @@ def test_the_command_gives_each_metric_by_its_definition(album, result_of, capsy
 def test_saved_statistics_are_those_of_the_reference(monkeypatch, album, small, tmp_path, kind):
     """The keys are ADM's.  Catches a number of images or a network made up for a file that does not
     say them, and the statistics of the samples."""
-    path = tmp_path / "statistics.npz"
-    for samples in ("", album / "samples" / "folder"):           # it may replace its own result
-        run(monkeypatch, fid, album / "reference" / kind, samples, "--save-stats", path)
-    with np.load(path) as file:
-        found = dict(file)
-    for key, value in statistics(pictures(12, 8, 6, 0)).items():
-        np.testing.assert_allclose(found.pop(key), value, rtol=1e-9, atol=1e-9)
     known = {"n": 0, "extractor_sha256": ""} if kind == "both.npz" else {
         "n": 12, "extractor_sha256": SHA}
-    assert {key: value.item() for key, value in found.items()} == known
+    for name, samples in (("alone", ""), ("compared", album / "samples" / "folder")):
+        path = tmp_path / f"{name}.npz"
+        run(monkeypatch, fid, album / "reference" / kind, samples, "--save-stats", path)
+        with np.load(path) as file:
+            found = dict(file)
+        for key, value in statistics(pictures(12, 8, 6, 0)).items():
+            np.testing.assert_allclose(found.pop(key), value, rtol=1e-9, atol=1e-9)
+        assert {key: value.item() for key, value in found.items()} == known
 
 
 def test_statistics_of_another_network_are_refused(monkeypatch, album, result_of, tmp_path):
@@ -862,9 +862,6 @@ def test_bad_input_is_one_line_that_names_it(monkeypatch, album, small, tmp_path
     ("STATS STATS --crop 8", "--crop 8 is for folders of images, and there is none"),
     ("STATS STATS --device foo", "--device foo ("),
     ("STATS STATS --device meta", "--device meta ("),
-    ("STATS STATS --json nowhere/r.json", "--json 'nowhere/r.json': there is no folder"),
-    ("STATS STATS --save-stats nowhere/s.npz", "--save-stats 'nowhere/s.npz': there is no folder"),
-    ("STATS OTHER --save-stats STATS", "--save-stats would replace one of the inputs"),
     ("STATS STATS --colour", "unrecognized arguments: --colour"),
     # an unset $VARIABLE is neither the current folder nor an option that was not given
     ("'' STATS", "no file or folder at ''"),
@@ -875,7 +872,6 @@ def test_an_option_that_cannot_act_is_refused_before_any_work(monkeypatch, album
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
     words = words.replace("STATS", f"{album / 'reference' / 'statistics.npz'}")
-    words = words.replace("OTHER", f"{album / 'samples' / 'statistics.npz'}")
     with pytest.raises((ValueError, OSError, SystemExit)) as ended:
         run(monkeypatch, fid, words)
     line = capsys.readouterr().err if ended.type is SystemExit else str(ended.value)
@@ -887,49 +883,24 @@ def test_no_file_is_replaced(monkeypatch, album, tmp_path, option):
     """Catches `--save-stats a.npz b.npz`, where the file's name was forgotten: the archive of
     images a.npz became statistics."""
     monkeypatch.setattr(Side, "measure", lambda *_: pytest.fail("it started to work"))
-    reference, path = album / "reference", tmp_path / "file"
-    for content in (
-            *((reference / name).read_bytes() for name in ("images.npz", "both.npz")),
-            png("RGB", 8, [(1, 2, 3)]).getvalue(), b'{"FID": 1}', b"[1, 2]", b"3", b"",
-            b'{"FID": 1, "extractor_sha256": ""}' if option == "--save-stats" else
-            (reference / "statistics.npz").read_bytes(), None):
-        path.unlink(missing_ok=True)
-        path.write_bytes(content) if content is not None else path.mkdir()
-        line = error_line(monkeypatch, fid, reference / "folder", reference / "both.npz", option,
-                          path)
-        assert f"{option} {path} would replace another kind of file; choose a new name" in line
-        assert content is None or path.read_bytes() == content
-        assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "old").write_bytes(b"old")
+    for path in (tmp_path / "old", tmp_path, tmp_path / "nowhere" / "new", ""):
+        line = error_line(monkeypatch, fid, album / "reference" / "folder",
+                          album / "reference" / "both.npz", option, path or "''")
+        assert f"'{path}' exists, or its folder does not; choose another name" in line
+    assert (tmp_path / "old").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_result_takes_the_place_of_the_old_one_in_one_moment(monkeypatch, album, result_of,
-                                                               tmp_path):
-    """The old file, here under a second name, stays whole.  Catches a file that is written in
-    place: a full disk would leave half of it."""
-    sides, new = [album / name / "folder" for name in ("reference", "samples")], tmp_path / "new"
-    outputs = "--save-stats", new / "s.npz", "--json", new / "r.json"
-
-    def contents():
-        return {path.name: path.read_bytes() for path in new.iterdir()}
-
-    new.mkdir()
-    run(monkeypatch, fid, *sides, *outputs)
-    old = contents()
-    for name in old:
-        os.link(new / name, tmp_path / name)
-    run(monkeypatch, fid, *sides[::-1], *outputs)
-    for name in old:
-        assert (tmp_path / name).read_bytes() == old[name] != (new / name).read_bytes()
-
+def test_nothing_is_left_of_a_result_that_could_not_be_written(monkeypatch, album, small, tmp_path):
+    """Catches half a file under the final name after a full disk."""
     def full(file, **arrays):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    old = contents()
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(monkeypatch, fid, *sides, *outputs)
-    assert contents() == old and old.keys() == {"s.npz", "r.json"}
+    line = error_line(monkeypatch, fid, album / "reference" / "statistics.npz", "--save-stats",
+                      tmp_path / "s.npz")
+    assert "No space left" in line and not list(tmp_path.iterdir())
 
 
 def npz_bytes(**arrays):

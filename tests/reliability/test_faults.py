@@ -33,7 +33,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import dip
 import sample
 import train
 from train import ImageFolder, read_log
@@ -128,10 +127,9 @@ def send_in_step(patch, step, number):
 
 
 def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, capfd, six):
-    """Ctrl-C, a closed terminal, a scheduler: between two checkpoints and two lines of the log, and
-    before pictures, which take minutes.  It is acknowledged at once.  Catches a signal that kills
-    without a checkpoint."""
-    command = f"{six.command} --save-every 9 --sample-every 3 --out"
+    """Ctrl-C, a closed terminal, a scheduler: between two checkpoints, and before pictures, which
+    take minutes.  It is acknowledged at once.  Catches a signal that kills without a checkpoint."""
+    command = f"{six.command} --save-every 9 --log-every 1 --sample-every 3 --out"
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         number, out = getattr(signal, name), tmp_path / name
         handler = signal.getsignal(number)
@@ -331,17 +329,10 @@ def out_of_memory(*_, **__):
                        "memory: you tried to allocate 341269 bytes.")
 
 
-def unmappable(*arguments, mmap=False, load=torch.load, **settings):
-    """torch.load under `ulimit -v`."""
-    if mmap:
-        raise RuntimeError("unable to mmap 341269 bytes: Cannot allocate memory (12)")
-    return load(*arguments, **settings)
-
-
 def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypatch, six, four,
                                                                         capsys):
     """Catches an older checkpoint that is resumed, and the newer one overwritten, because the disk
-    or the memory failed for a moment.  The same command goes on, also where no file is mapped."""
+    or the memory failed for a moment.  The same command goes on."""
     before = contents(four)
     for module, name, fail, answer in (
             (torch, "load", failing(errno.EIO), "Input/output error"),
@@ -355,10 +346,7 @@ def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypa
             if name == "load":
                 assert answer in error_line(patch, sample, f"--ckpt {four} --device cpu")
         assert "skipped" not in capsys.readouterr().out and contents(four) == before
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", unmappable)
-        run(patch, train, six.command, f"--out {four}")
-    assert "resumed at step 4" in capsys.readouterr().out
+    run(monkeypatch, train, six.command, f"--out {four}")
     assert_same_run(six.whole, four)
 
 
@@ -489,20 +477,14 @@ def test_an_error_of_the_system_is_no_bad_image(monkeypatch, tmp_path):
 # --- bad numbers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, what", [("nan", "the loss for t in "), ("1e18", "the gradient")])
+@pytest.mark.parametrize("value, norm", [("nan", "nan"), ("1e18", "inf")])
 def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch, tmp_path, value,
-                                                                     what):
-    """NaN in the noise of example 9, which is step 3: the other five updates are made.  The log
-    says at which times the loss was not finite."""
+                                                                     norm):
+    """NaN in the noise of example 9, which is step 3: the other five updates are made."""
     spoil_noise(value, 9, setattr=monkeypatch.setattr)
     run(monkeypatch, train, f"{TINY} {OFTEN} --steps 6 --keep 9 --out {tmp_path}")
     (skipped,) = (line for line in read_log(tmp_path) if "skipped" in line)
-    assert skipped["step"] == 3 and what in skipped["skipped"]
-    if value == "nan":
-        z = train.Examples(train.Shapes(16), 0)[9][2]
-        tenth = int(dip.logit_normal_time(z) * 10)
-        assert skipped["skipped"] == (
-            f"the loss for t in {tenth / 10:.1f} to {(tenth + 1) / 10:.1f}")
+    assert skipped == {"step": 3, "skipped": norm}
     saved = sorted(int(path.stem[-8:]) for path in tmp_path.glob("ckpt-*.pt"))
     assert saved == [1, 2, 4, 5, 6]
     state = checkpoint(tmp_path)
@@ -515,16 +497,13 @@ def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch
 
 def test_two_ranks_continue_the_run_of_one_process_and_skip_where_either_meets_a_nan(monkeypatch,
                                                                                      tmp_path):
-    """Two micro-batches each, from step 3 on, between two lines of the log.  Example 17 belongs to
-    rank 0 of step 5, 23 to rank 1 of step 6.  Catches losses that every rank restores, and pictures
-    that every rank draws."""
-    command = f"{TINY} {OFTEN} --keep 9 --steps 7 --sample-every 7 --out {tmp_path}"
+    """Two micro-batches each, from step 3 on.  Example 17 belongs to rank 0 of step 5, 23 to rank 1
+    of step 6.  Catches pictures that every rank draws."""
+    command = f"{TINY} {OFTEN} --keep 9 --sample-every 7 --steps 7 --out {tmp_path}"
     spoil = partial(spoil_noise, "nan", 17, 23, quick_pictures=True)
     spoil(setattr=monkeypatch.setattr)
     run(monkeypatch, train, f"{command}/one")
-    with monkeypatch.context() as patch:
-        send_in_step(patch, 3, signal.SIGTERM)
-        run(patch, train, f"{command}/two")
+    run(monkeypatch, train, f"{command}/two --steps 3 --sample-every 0")
     ends = [rank.end() for rank in run_ranks(2, "train", f"{command}/two --micro-batch 1",
                                              first=spoil)]
     assert [code for code, _, _ in ends] == [0, 0], ends
@@ -543,7 +522,7 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
     """Even with --keep 1 and a checkpoint due at every step."""
     spoil_noise("nan", *range(16, 100), setattr=monkeypatch.setattr)
     line = error_line(monkeypatch, train, f"{TINY} {OFTEN} --keep 1 --steps 50 --out {tmp_path}")
-    assert "10 updates in a row were not finite, the last at step 14: the loss for t in" in line
+    assert "10 updates in a row were not finite, the last at step 14; try a lower --lr" in line
     assert checkpoint(tmp_path)["step"] == 4
     sample.check_finite(checkpoint(tmp_path)["model"])
 
