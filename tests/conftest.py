@@ -31,15 +31,6 @@ def pytest_runtest_call():
         end_all()
 
 
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often test_faults.py kills a run")
-
-
-@pytest.fixture
-def kills(request):
-    return request.config.getoption("--kills")
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a run of one step, which is enough to sample from; not to be changed."""

@@ -44,18 +44,6 @@ def frechet(mu1, S1, mu2, S2):
     return sum((mu1 - mu2) ** 2) + np.trace(S1) + np.trace(S2) - 2 * root
 
 
-def frechet_of_points(X, Y):
-    """The same from the points (n, d), (m, d) where d is too large for a (d, d) matrix.
-
-    S1 = A A^T with A = Xc^T / sqrt(n - 1), Xc the centred points, and S2 = B B^T likewise.  The
-    trace of (S1 S2)^(1/2) is the sum of the singular values of A^T B, a small (n, m) matrix.
-    """
-    Xc, Yc = X - X.mean(axis=0), Y - Y.mean(axis=0)
-    A, B = Xc.T / math.sqrt(len(X) - 1), Yc.T / math.sqrt(len(Y) - 1)
-    root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
-    return ((X.mean(axis=0) - Y.mean(axis=0)) ** 2).sum() + (A**2).sum() + (B**2).sum() - 2 * root
-
-
 # --- Inception Score ----------------------------------------------------------------------------
 
 

@@ -4,8 +4,6 @@ What a run survives.
 The law: whatever happens to the machine, the disk, the data or the numbers, a file under its final
 name is whole, a checkpoint that was good stays, and the same command goes on to the run that
 nothing happened to; or it ends in one line, within seconds.
-
-    pytest tests/reliability/test_faults.py --kills 20       # twenty SIGKILLs instead of three
 """
 
 import errno
@@ -15,29 +13,26 @@ import json
 import os
 import random
 import resource
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import planted
 import pytest
 import torch
-from commands import (ROOT, TINY, Background, assert_same_state, checkpoint, error_line, free_port,
-                      leaves, outcome, run, run_ranks)
+from commands import (TINY, Background, assert_same_state, checkpoint, error_line, leaves, run,
+                      run_ranks)
 from helpers import damaged
-from hooks import save_slowly
+from hooks import (mount_tmpfs, move_to_a_small_disk, save_slowly, spoil_noise, step_without_end,
+                   without_a_compiler)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import dip
 import sample
 import train
 from train import ImageFolder, read_log
@@ -91,25 +86,29 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_a_run_killed_at_random_moments_loses_only_the_steps_since_its_checkpoint(
-        monkeypatch, tmp_path, kills):
-    """SIGKILL, again and again: every file under its final name is whole, what is half written is
-    swept away, the lock on --out ends with the process though its loader still lives, and the same
-    command ends in the run that was never killed."""
-    command = f"{TINY} --save-every 2 --log-every 2 --keep 3 --steps {20 * kills} --workers 1"
-    run(monkeypatch, train, command, f"--workers 0 --out {tmp_path}/whole")
+        monkeypatch, tmp_path):
+    """SIGKILL, twice; until then a second run in the folder is refused.  Every file under its final
+    name is whole, what is half written is swept away, the lock on --out ends with the process
+    though its loader still lives, and the same command ends in the run that was never killed."""
+    command = f"{TINY} --save-every 2 --log-every 2 --keep 3 --workers 1 --steps"
     out, chance = tmp_path / "killed", random.Random(0)
-    for _ in range(kills):
+    for _ in range(2):
         known = set(out.glob("ckpt-*.pt"))
-        process = Background("train", command, f"--out {out}")
+        process = Background("train", command, f"9999 --out {out}")
         wait_for(lambda: set(out.glob("ckpt-*.pt")) - known, process)
         time.sleep(chance.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGSTOP)
+        line = error_line(monkeypatch, train, command, f"9 --out {out}")
+        assert f"{out}: another process is writing there; wait until it ends, or choose" in line
         os.kill(process.pid, signal.SIGKILL)
         assert process.end()[0] == -signal.SIGKILL
         paths = sorted(out.glob("ckpt-*.pt"))
         assert paths
         for path in paths:
             assert zipfile.ZipFile(path).testzip() is None and sample.read_file(path)
-    run(monkeypatch, train, command, f"--workers 0 --out {out}")
+    command += f" {checkpoint(out)['step'] + 3} --workers 0 --out"
+    run(monkeypatch, train, command, out)
+    run(monkeypatch, train, command, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", out)
     assert not list(out.glob(".*.partial"))
 
@@ -127,33 +126,24 @@ def send_in_step(patch, step, number):
     patch.setattr(train, "training_step", signalled)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, capfd, name):
-    """Ctrl-C, a closed terminal, a scheduler: between two checkpoints.  It is acknowledged at once.
-     Catches a signal that kills without a checkpoint."""
-    command, number = f"{TINY} --steps 6 --log-every 3 --out", getattr(signal, name)
-    handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        send_in_step(patch, 3, number)
-        assert run(patch, train, command, tmp_path / "stopped") == 128 + number
-    said = capfd.readouterr()
-    assert "stopping: finishing the step and saving first" in said.err
-    assert "stopped by a signal after step 3; run the same command to continue" in said.out
-    assert "done" not in said.out and signal.getsignal(number) == handler
-    assert checkpoint(tmp_path / "stopped")["step"] == 3
-    run(monkeypatch, train, command, tmp_path / "stopped")
-    run(monkeypatch, train, command, tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_a_signal_does_not_wait_for_pictures(monkeypatch, tmp_path):
-    """They take minutes, and a scheduler kills after less."""
-    drawn = []
-    monkeypatch.setattr(train, "write_pictures", lambda *_: drawn.append(1))
-    with monkeypatch.context() as patch:
-        send_in_step(patch, 2, signal.SIGTERM)
-        run(patch, train, TINY, f"--steps 4 --sample-every 2 --out {tmp_path}")
-    assert checkpoint(tmp_path)["step"] == 2 and not drawn
+def test_a_signal_saves_and_ends_the_run_at_a_whole_step(monkeypatch, tmp_path, capfd, six):
+    """Ctrl-C, a closed terminal, a scheduler: between two checkpoints, and before pictures, which
+    take minutes.  It is acknowledged at once.  Catches a signal that kills without a checkpoint."""
+    command = f"{six.command} --save-every 9 --log-every 1 --sample-every 3 --out"
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        number, out = getattr(signal, name), tmp_path / name
+        handler = signal.getsignal(number)
+        with monkeypatch.context() as patch:
+            send_in_step(patch, 3, number)
+            patch.setattr(train, "write_pictures", lambda *_: pytest.fail("it draws"))
+            assert run(patch, train, command, out) == 128 + number
+        printed = capfd.readouterr()
+        assert "stopping: finishing the step and saving first" in printed.err
+        assert "stopped by a signal after step 3; run the same command to continue" in printed.out
+        assert "done" not in printed.out and signal.getsignal(number) == handler
+        assert checkpoint(out)["step"] == 3
+    run(monkeypatch, train, six.command, f"--out {out}")
+    assert_same_run(six.whole, out)
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch, tmp_path):
@@ -167,100 +157,57 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch, tmp_path):
     assert checkpoint(tmp_path)["step"] == 2
 
 
-def step_without_end():
-    def forever(*_):
-        print("in the step", flush=True)
-        time.sleep(600)
-
-    train.training_step = forever
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_same_signal_again_after_a_second_ends_the_run_at_once(tmp_path, number):
+def test_the_same_signal_again_after_a_second_ends_the_run_at_once(tmp_path):
     """Within a second it is the same one: a scheduler signals the agent and its processes."""
     process = Background("train", TINY, f"--steps 2 --workers 1 --out {tmp_path}",
                          first=step_without_end)
     wait_for(lambda: "in the step" in process.texts()[0], process)
     for k in (1, 2):
-        os.kill(process.pid, number)
+        os.kill(process.pid, signal.SIGINT)
         wait_for(lambda: process.texts()[1].count("stopping:") == k, process)
     time.sleep(1.1)
-    os.kill(process.pid, number)
-    assert process.end(20)[0] == 128 + number
+    os.kill(process.pid, signal.SIGINT)
+    assert process.end(20)[0] == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("who", ["every process, and the ranks again", "rank 1 alone"])
-def test_a_signal_is_heard_by_all_ranks_and_makes_one_checkpoint(monkeypatch, tmp_path, who):
-    """SIGTERM to both ranks and their loaders at whatever steps they are, or to a single rank: they
-    agree on one step to end at, and one process alone finishes what two began."""
-    command, out = f"{TINY} --steps 4000 --save-every 5", tmp_path / "two"
-    ranks = run_ranks(2, "train", command, f"--workers 1 --out {out}")
+def test_a_signal_is_heard_by_all_ranks_and_makes_one_checkpoint(monkeypatch, tmp_path):
+    """SIGTERM to one rank and its loader, and to the rank again: both ranks agree on one step to
+    end at, and one process alone finishes what two began.  Catches a rank that ends before the
+    checkpoint is saved: torchrun kills the others soon after."""
+    command, out = f"{TINY} --save-every 5", tmp_path / "two"
+    ranks = run_ranks(2, "train", command, f"--steps 4000 --workers 1 --out {out}",
+                      first=save_slowly)
     wait_for(lambda: list(out.glob("ckpt-*.pt")), ranks[0])
-    if who == "rank 1 alone":
-        os.kill(ranks[1].pid, signal.SIGTERM)
-    else:
-        for rank in ranks:
-            os.killpg(rank.pid, signal.SIGTERM)
-        for rank in ranks:
-            os.kill(rank.pid, signal.SIGTERM)
-    ends = [rank.end() for rank in ranks]
-    assert [code for code, _, _ in ends] == [128 + signal.SIGTERM] * 2, ends
-    text = ends[0][1]
-    assert text.count("stopped by a signal after step") == 1 and "stopped" not in ends[1][1]
-    stopped = int(text.split("stopped by a signal after step ")[1].split(";")[0])
-    assert checkpoint(out)["step"] == stopped < 4000
-    command += f" --steps {stopped + 5}"
-    run(monkeypatch, train, command, f"--out {out}")
-    run(monkeypatch, train, command, f"--out {tmp_path}/one")
+    os.killpg(ranks[1].pid, signal.SIGTERM)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    code, text, errors = ranks[1].end()
+    assert code == 128 + signal.SIGTERM and "stopped" not in text, errors
+    stopped = checkpoint(out)["step"]
+    code, text, errors = ranks[0].end()
+    assert code == 128 + signal.SIGTERM, errors
+    assert text.count(f"stopped by a signal after step {stopped};") == 1 and stopped < 4000
+    command += f" --steps {stopped + 5} --out"
+    run(monkeypatch, train, command, out)
+    run(monkeypatch, train, command, tmp_path / "one")
     assert_same_state(checkpoint(out), checkpoint(tmp_path / "one"), ["model"], atol=1e-4)
 
 
-def test_no_rank_ends_before_the_checkpoint_is_saved(tmp_path):
-    """After a signal they end with its code, and torchrun kills the others soon after the first."""
-    port = free_port()
-    ranks = [Background("train", TINY, f"--steps 1 --out {tmp_path}", rank=rank, world=2, port=port,
-                        first=save_slowly) for rank in range(2)]
-    assert ranks[1].end()[0] == 0
-    assert checkpoint(tmp_path)["step"] == 1
-    assert ranks[0].end()[0] == 0
-
-
-def test_a_finished_run_started_again_says_so_and_changes_nothing(monkeypatch, tmp_path, capsys):
+def test_a_finished_run_started_again_says_so_and_changes_nothing(monkeypatch, six, four, capsys):
     """With the next command, and no exit code: `train && sample` goes on, and so does a job that is
     queued again.  The same where it has gone further than --steps."""
-    run(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}")
-    before = contents(tmp_path, "*.pt"), losses(tmp_path)
-    for steps in (2, 1):
+    before = contents(four, "*.pt"), losses(four)
+    for steps in (4, 3):
         capsys.readouterr()
-        assert run(monkeypatch, train, TINY, f"--steps {steps} --out {tmp_path}") is None
+        assert run(monkeypatch, train, six.command, f"--steps {steps} --out {four}") is None
         text = capsys.readouterr().out
-        assert f"done: {tmp_path} is at step 2" in text
-        assert f"next:\n    python sample.py --ckpt {tmp_path} --class 0\n" in text
-        assert (contents(tmp_path, "*.pt"), losses(tmp_path)) == before
-
-
-def test_a_second_run_in_one_folder_is_refused_while_the_first_one_lives(monkeypatch, tmp_path):
-    """And not a moment longer, however it ends.  Catches two runs that drop each other's
-    checkpoints, and a lock that a crash leaves behind."""
-    out = tmp_path / "run"
-    first = Background("train", TINY, f"--steps 9999 --save-every 1 --workers 1 --out {out}")
-    wait_for(lambda: list(out.glob("ckpt-*.pt")), first)
-    line = error_line(monkeypatch, train, TINY, f"--steps 1 --out {out}")
-    assert f"{out}: another process is writing there; wait until it ends, or choose" in line
-    os.kill(first.pid, signal.SIGKILL)
-    first.end()
-    steps = checkpoint(out)["step"] + 1
-    run(monkeypatch, train, TINY, f"--steps {steps} --out {out}")
-    assert checkpoint(out)["step"] == steps
+        assert f"done: {four} is at step 4" in text
+        assert f"next:\n    python sample.py --ckpt {four} --class 0\n" in text
+        assert (contents(four, "*.pt"), losses(four)) == before
 
 
 # --- a crash while loader processes live ----------------------------------------------------------
 
 LOADERS = f"{TINY} --workers 2 --steps 9999"
-
-
-def without_a_compiler():
-    os.environ.update(CXX="/nonexistent/g++", TORCHINDUCTOR_COMPILE_THREADS="1")
 
 
 def test_without_a_compiler_a_run_with_loaders_ends_in_one_line(tmp_path):
@@ -272,44 +219,28 @@ def test_without_a_compiler_a_run_with_loaders_ends_in_one_line(tmp_path):
             in errors.splitlines()[-1])
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_loader_ends_every_rank_in_one_line(tmp_path, world):
-    """As the system kills one when memory is short.  The ranks are those of torchrun."""
-    ranks = (run_ranks(2, "train", LOADERS, f"--save-every 1 --out {tmp_path}") if world == 2 else
-             [Background("train", LOADERS, f"--save-every 1 --out {tmp_path}")])
+def test_a_killed_loader_ends_every_rank_in_one_line(tmp_path):
+    """As the system kills one when memory is short."""
+    ranks = run_ranks(2, "train", LOADERS, f"--save-every 1 --out {tmp_path}")
     wait_for(lambda: list(tmp_path.glob("ckpt-*.pt")), ranks[0])
-    pid = ranks[-1].pid
+    pid = ranks[1].pid
     loader = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
     os.kill(int(loader), signal.SIGKILL)
-    ends = [rank.end(60) for rank in ranks]
-    answers = ["another process of this command has ended"] * (world - 1) + [
-        "a loader process was killed; out of memory? Fewer --workers"]
-    for (code, _, errors), answer in zip(ends, answers):
+    for rank, answer in zip(ranks, ("another process of this command has ended",
+                                    "a loader process was killed; out of memory? Fewer --worke")):
+        code, _, errors = rank.end(60)
         assert code == 1 and "Traceback" not in errors, errors
         assert f"train.py: error: {answer}" in errors.splitlines()[-1]
     assert checkpoint(tmp_path)["step"] > 0
 
 
-def in_own_mounts(script, **settings):
-    """A shell script that may mount things for itself alone: (exit code, stdout, stderr)."""
-    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, **settings)
-    code, out, errors = outcome(process)
-    if "unshare" in errors or code == 77:
-        pytest.skip("this machine lets nobody mount a tmpfs")
-    return code, out, errors
-
-
-def command_line(words):
-    return shlex.join([sys.executable, f"{ROOT}/train.py", *shlex.split(words)])
-
-
 def test_too_little_shared_memory_is_said(tmp_path):
     """As in a container of docker: --shm-size is 64 MB there unless it is set."""
-    words = command_line(f"{LOADERS} --image-size 256 --batch-size 8 --out {tmp_path}")
-    code, _, errors = in_own_mounts(
-        f"mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77; exec {words}")
+    code, _, errors = Background(
+        "train", f"{LOADERS} --image-size 256 --batch-size 8 --out {tmp_path}",
+        first=partial(mount_tmpfs, "/dev/shm", "1m")).end()
+    if code == 77:
+        pytest.skip("this machine lets nobody mount a tmpfs")
     assert code == 1 and "Traceback" not in errors, errors
     assert "out of shared memory: fewer --workers, or docker's --shm-size" in (
         errors.splitlines()[-1])
@@ -318,37 +249,26 @@ def test_too_little_shared_memory_is_said(tmp_path):
 # --- disks ----------------------------------------------------------------------------------------
 
 
-def limit_file_size():
+def limit_file_size(folder, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-ON_A_SMALL_DISK = """
-mount -t tmpfs -o size=800k tmpfs {disk} || exit 77
-cp {out}/*.* {disk} && {command} --out {disk}
-code=$?
-cp {disk}/*.* {out}
-exit $code
-"""
-
-
-@pytest.mark.parametrize("kind", ["largest file", "tmpfs"])
-def test_a_full_disk_ends_the_run_in_one_line_and_costs_no_checkpoint(monkeypatch, tmp_path, six,
-                                                                      four, kind):
+@pytest.mark.parametrize("shrink", [limit_file_size, move_to_a_small_disk])
+def test_a_full_disk_ends_the_run_in_one_line_and_costs_no_checkpoint(monkeypatch, six, four,
+                                                                      shrink):
     """By a limit on the size of files, and by a real file system that is too small for a third
     checkpoint.  Catches an old one that is dropped before the new one is written."""
     before = contents(four, "*.pt")
-    if kind == "tmpfs":
-        (tmp_path / "disk").mkdir()
-        code, _, errors = in_own_mounts(ON_A_SMALL_DISK.format(
-            disk=tmp_path / "disk", out=four, command=command_line(six.command)))
-    else:
-        code, _, errors = Background("train", six.command, f"--out {four}",
-                                     first=limit_file_size).end()
+    code, _, errors = Background("train", six.command, f"--out {four}",
+                                 first=partial(shrink, four, "800k")).end()
+    if code == 77:
+        pytest.skip("this machine lets nobody mount a tmpfs")
     assert code == 1
     assert "could not be written; is the disk full?" in errors.strip().splitlines()[-1]
-    assert contents(four, "*.pt") == before and not contents(four, "*.partial")
-    run(monkeypatch, train, six.command, f"--out {four}")
-    assert_same_run(six.whole, four)
+    after = four.with_name("four-after") if shrink is move_to_a_small_disk else four
+    assert contents(after, "*.pt") == before and not contents(after, "*.partial")
+    run(monkeypatch, train, six.command, f"--out {after}")
+    assert_same_run(six.whole, after)
 
 
 def failing(number):
@@ -359,43 +279,49 @@ def failing(number):
     return fail
 
 
-@pytest.mark.parametrize("number", ["ENOSYS", "EINVAL", "EOPNOTSUPP", "EIO"])
-@pytest.mark.parametrize("module, name, what", [(fcntl, "lockf", "locks"), (os, "fsync", "fsync")])
+LOCKED = "another process is writing there"
+
+
+@pytest.mark.parametrize("module, name, missing, errors", [
+    (fcntl, "lockf", "ENOSYS EINVAL ENOLCK EOPNOTSUPP",
+     {"EIO": "Input/output error", "EACCES": LOCKED, "EAGAIN": LOCKED}),
+    (os, "fsync", "ENOSYS EINVAL EOPNOTSUPP", {"EIO": "Input/output error"})])
 def test_a_service_that_a_disk_lacks_is_warned_of_and_an_error_of_the_disk_is_an_error(
-        monkeypatch, four, six, module, name, what, number):
-    """Lustre and FUSE without locks, shares without fsync: the run goes on.  Catches EIO taken for
-    a missing service: the next power loss would cost the run."""
+        monkeypatch, four, six, module, name, missing, errors):
+    """Lustre and FUSE without locks, shares without fsync: the run goes on.  NFS says EACCES for a
+    lock of another process.  Catches EIO taken for a missing service: the next power loss would
+    cost the run."""
+    command = f"{six.command} --steps 5 --out {four}"
+    for number in missing.split():
+        monkeypatch.setattr(module, name, failing(getattr(errno, number)))
+        with pytest.warns(UserWarning, match=f"no {name.removesuffix('f')}.* here"):
+            run(monkeypatch, train, command)
     before = contents(four)
-    monkeypatch.setattr(module, name, failing(getattr(errno, number)))
-    if number == "EIO":
-        assert "Input/output error" in error_line(monkeypatch, train, six.command, f"--out {four}")
+    assert checkpoint(four)["step"] == 5
+    for number, answer in errors.items():
+        monkeypatch.setattr(module, name, failing(getattr(errno, number)))
+        assert answer in error_line(monkeypatch, train, command)
         assert contents(four) == before
-    else:
-        with pytest.warns(UserWarning, match=f"no {what} here"):
-            run(monkeypatch, train, six.command, f"--out {four}")
-        assert checkpoint(four)["step"] == 6
 
 
-def test_each_answer_of_a_lock_is_read_right(monkeypatch, tmp_path):
-    """NFS says EACCES for a lock that another process holds, and ENOLCK where it has none."""
-    monkeypatch.setattr(fcntl, "lockf", failing(errno.EACCES))
-    with pytest.raises(ValueError, match="another process is writing there"):
-        with sample.locked(tmp_path):
-            pass
-    monkeypatch.setattr(fcntl, "lockf", failing(errno.ENOLCK))
-    with pytest.warns(UserWarning, match="no locks here"):
-        with sample.locked(tmp_path):
-            pass
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
-    """Else a power loss leaves an empty file in the place of a good one."""
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_half_of_it_never_has(monkeypatch,
+                                                                               tmp_path):
+    """Else a power loss leaves an empty file in the place of a good one.  A loader that is killed
+    meanwhile is no full disk, wherever PyTorch reports it."""
     events = []
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, lambda *arguments, name=name, call=getattr(os, name): (
             events.append(name), call(*arguments)))
     sample.save_atomically(tmp_path / "file", lambda partial: partial.write_text("good"))
     assert events == ["fsync", "replace"] and contents(tmp_path) == {"file": b"good"}
+    for error in (KeyboardInterrupt(), RuntimeError("DataLoader worker (pid 1) is killed")):
+        def write(partial):
+            partial.write_text("half")
+            raise error
+
+        with pytest.raises(type(error)):
+            sample.save_atomically(tmp_path / "file", write)
+        assert contents(tmp_path) == {"file": b"good"}
 
 
 def out_of_memory(*_, **__):
@@ -403,50 +329,25 @@ def out_of_memory(*_, **__):
                        "memory: you tried to allocate 341269 bytes.")
 
 
-@pytest.mark.parametrize("module, name, fail, answer", [
-    (torch, "load", failing(errno.EIO), "Input/output error"),
-    (torch, "load", failing(errno.EACCES), "Permission denied"),
-    (torch, "load", failing(errno.ESTALE), "Stale file handle"),
-    (torch, "load", out_of_memory, "out of memory"),
-    (zipfile.ZipFile, "testzip", failing(errno.EIO), "Input/output error"),
-])
-def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(
-        monkeypatch, six, four, capsys, module, name, fail, answer):
+def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypatch, six, four,
+                                                                        capsys):
     """Catches an older checkpoint that is resumed, and the newer one overwritten, because the disk
     or the memory failed for a moment.  The same command goes on."""
     before = contents(four)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, fail)
-        assert answer in error_line(patch, train, six.command, f"--out {four}")
-        if name == "load":
-            assert answer in error_line(patch, sample, f"--ckpt {four} --device cpu")
-    assert "skipped" not in capsys.readouterr().out and contents(four) == before
+    for module, name, fail, answer in (
+            (torch, "load", failing(errno.EIO), "Input/output error"),
+            (torch, "load", failing(errno.EACCES), "Permission denied"),
+            (torch, "load", failing(errno.ESTALE), "Stale file handle"),
+            (torch, "load", out_of_memory, "out of memory"),
+            (zipfile.ZipFile, "testzip", failing(errno.EIO), "Input/output error")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            assert answer in error_line(patch, train, six.command, f"--out {four}")
+            if name == "load":
+                assert answer in error_line(patch, sample, f"--ckpt {four} --device cpu")
+        assert "skipped" not in capsys.readouterr().out and contents(four) == before
     run(monkeypatch, train, six.command, f"--out {four}")
     assert_same_run(six.whole, four)
-
-
-def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
-    """The file under the name stays what it was."""
-    (tmp_path / "file").write_text("good")
-
-    def write(partial):
-        partial.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample.save_atomically(tmp_path / "file", write)
-    assert contents(tmp_path) == {"file": b"good"}
-
-
-def test_a_loader_killed_while_a_file_is_written_is_no_full_disk(tmp_path):
-    """PyTorch reports it wherever the command then is."""
-    def write(_):
-        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
-
-    with pytest.raises(RuntimeError, match="DataLoader worker") as ended:
-        sample.save_atomically(tmp_path / "file", write)
-    assert sample.explain(ended.value).startswith("a loader process was killed")
-    assert not contents(tmp_path)
 
 
 # --- damaged files --------------------------------------------------------------------------------
@@ -477,17 +378,14 @@ def test_a_damaged_newest_checkpoint_is_skipped(monkeypatch, capsys, six, four, 
     assert_same_run(six.whole, four)
 
 
-def test_a_checkpoint_that_another_process_drops_meanwhile_is_skipped(four):
-    """A link to nowhere is in the list of files, and is no file when it is opened."""
-    (four / "ckpt-00000009.pt").symlink_to(four / "dropped")
-    assert sample.newest_intact(four) == four / "ckpt-00000004.pt"
-
-
-def test_a_broken_later_checkpoint_never_costs_a_good_one(monkeypatch, six, four):
-    """Old ones are dropped from the checkpoint just written downwards, not from the last name."""
+def test_a_later_checkpoint_that_is_broken_or_dropped_meanwhile_never_costs_a_good_one(
+        monkeypatch, six, four):
+    """Old ones are dropped from the checkpoint just written downwards, not from the last name.  A
+    link to nowhere is in the list of files, and is no file when it is opened."""
+    (four / "ckpt-00000008.pt").symlink_to(four / "dropped")
     (four / "ckpt-00000009.pt").write_bytes(b"broken")
     run(monkeypatch, train, six.command, f"--steps 5 --keep 1 --out {four}")
-    assert {path.name for path in four.glob("*.pt")} == {"ckpt-00000005.pt", "ckpt-00000009.pt"}
+    assert [path.stem[-1] for path in sorted(four.glob("*.pt"))] == ["5", "8", "9"]
 
 
 def test_when_no_checkpoint_is_whole_no_rank_begins_anew(monkeypatch, four):
@@ -557,43 +455,35 @@ def test_one_bad_image_or_one_percent_is_survived_and_more_is_an_error(tmp_path,
         assert set(read) == {(8, 8, 3)}
 
 
-@pytest.mark.parametrize("bad, ends", [([3], False), ([3, 7], True)])
-def test_bad_images_found_by_loader_processes_end_the_run_or_do_not(tmp_path, bad, ends):
+def test_bad_images_found_by_loader_processes_end_the_run(tmp_path):
     """Each of them counts its own; none is left behind."""
-    process = Background("train", TINY, f"--data {album(tmp_path, 10, *bad)} --steps 40 "
-                         f"--workers 2 --out {tmp_path}/run")
-    code, _, errors = process.end()
-    assert code == ends and ("more than 1 %: " in errors.splitlines()[-1]) == ends
-    assert all(f"{k:03d}.png" in errors for k in bad)
+    code, _, errors = Background("train", TINY, f"--data {album(tmp_path, 10, 3, 7)} --steps 40 "
+                                 f"--workers 2 --out {tmp_path}/run").end()
+    assert code == 1 and "more than 1 %: " in errors.splitlines()[-1]
+    assert "003.png" in errors and "007.png" in errors
 
 
 def test_an_error_of_the_system_is_no_bad_image(monkeypatch, tmp_path):
     """Catches a network disk's hiccup taken for a broken file, and trained around."""
     root, command = album(tmp_path, 10), f"{TINY} --steps 2 --out {tmp_path}/run --data"
-    for number in (errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE):
-        monkeypatch.setattr(train, "read_image", failing(number))
-        assert os.strerror(number) in error_line(monkeypatch, train, command, root)
-
-    def no_memory(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(train, "read_image", no_memory)
-    assert "out of memory" in error_line(monkeypatch, train, command, root)
+    for fail, answer in (
+            *((failing(number), os.strerror(number)) for number in (
+                errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE)),
+            (out_of_memory, "out of memory")):
+        monkeypatch.setattr(train, "read_image", fail)
+        assert answer in error_line(monkeypatch, train, command, root)
 
 
 # --- bad numbers ----------------------------------------------------------------------------------
-
-
-def skipped_lines(folder):
-    return [line for line in read_log(folder) if "skipped" in line]
 
 
 @pytest.mark.parametrize("value, norm", [("nan", "nan"), ("1e18", "inf")])
 def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch, tmp_path, value,
                                                                      norm):
     """NaN in the noise of example 9, which is step 3: the other five updates are made."""
-    run(monkeypatch, planted, f"{value} 9 -- {TINY} {OFTEN} --steps 6 --keep 9 --out {tmp_path}")
-    (skipped,) = skipped_lines(tmp_path)
+    spoil_noise(value, 9, setattr=monkeypatch.setattr)
+    run(monkeypatch, train, f"{TINY} {OFTEN} --steps 6 --keep 9 --out {tmp_path}")
+    (skipped,) = (line for line in read_log(tmp_path) if "skipped" in line)
     assert skipped == {"step": 3, "skipped": norm}
     saved = sorted(int(path.stem[-8:]) for path in tmp_path.glob("ckpt-*.pt"))
     assert saved == [1, 2, 4, 5, 6]
@@ -605,32 +495,33 @@ def test_an_update_that_is_not_finite_is_skipped_logged_and_survived(monkeypatch
     assert len(logged) == 5 and np.isfinite(logged).all()
 
 
-def test_two_ranks_train_the_run_of_one_process_and_skip_where_either_meets_a_nan(monkeypatch,
-                                                                                  tmp_path):
-    """Two micro-batches each.  Example 9 belongs to rank 0 of step 3, 15 to rank 1 of step 4.  They
-    resume at step 5.  Catches pictures that every rank draws."""
-    command = f"nan 9 15 -- {TINY} {OFTEN} --keep 9 --sample-every 6 --steps 6 --out {tmp_path}"
-    run(monkeypatch, planted, f"{command}/one")
-    for _ in range(2):
-        ends = [rank.end() for rank in run_ranks(2, "planted", f"{command}/two --micro-batch 1")]
-        assert [code for code, _, _ in ends] == [0, 0], ends
-        one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
-        assert_same_state(one, two, ["model", "ema"], atol=1e-5)
-        one, two = (read_log(tmp_path / name) for name in ("one", "two"))
-        for key in ("loss", "val_loss", "grad_norm"):
-            values = [[line[key] for line in log if key in line] for log in (one, two)]
-            assert values[0] and values[0] == pytest.approx(values[1], rel=1e-5)
-        skipped = [line for line in one if "skipped" in line]
-        assert [line["step"] for line in skipped] == [3, 4]
-        assert skipped == [line for line in two if "skipped" in line]
-        (tmp_path / "two" / "ckpt-00000006.pt").unlink()
+def test_two_ranks_continue_the_run_of_one_process_and_skip_where_either_meets_a_nan(monkeypatch,
+                                                                                     tmp_path):
+    """Two micro-batches each, from step 3 on.  Example 17 belongs to rank 0 of step 5, 23 to rank 1
+    of step 6.  Catches pictures that every rank draws."""
+    command = f"{TINY} {OFTEN} --keep 9 --sample-every 7 --steps 7 --out {tmp_path}"
+    spoil = partial(spoil_noise, "nan", 17, 23, quick_pictures=True)
+    spoil(setattr=monkeypatch.setattr)
+    run(monkeypatch, train, f"{command}/one")
+    run(monkeypatch, train, f"{command}/two --steps 3 --sample-every 0")
+    ends = [rank.end() for rank in run_ranks(2, "train", f"{command}/two --micro-batch 1",
+                                             first=spoil)]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert_same_state(one, two, ["model", "ema"], atol=1e-5)
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    for key in ("loss", "pictures", "grad_norm"):
+        values = [[line[key] for line in log if key in line] for log in (one, two)]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-5)
+    skipped = [line for line in one if "skipped" in line]
+    assert [line["step"] for line in skipped] == [5, 6]
+    assert skipped == [line for line in two if "skipped" in line]
 
 
 def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(monkeypatch, tmp_path):
     """Even with --keep 1 and a checkpoint due at every step."""
-    bad = " ".join(map(str, range(16, 100)))
-    line = error_line(monkeypatch, planted,
-                      f"nan {bad} -- {TINY} {OFTEN} --keep 1 --steps 50 --out {tmp_path}")
+    spoil_noise("nan", *range(16, 100), setattr=monkeypatch.setattr)
+    line = error_line(monkeypatch, train, f"{TINY} {OFTEN} --keep 1 --steps 50 --out {tmp_path}")
     assert "10 updates in a row were not finite, the last at step 14; try a lower --lr" in line
     assert checkpoint(tmp_path)["step"] == 4
     sample.check_finite(checkpoint(tmp_path)["model"])
@@ -716,7 +607,7 @@ def small_state(good_checkpoint):
     return {key: state[key] for key in (*sample.INFO, "ema")}
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(draw=st.data())
 def test_a_checkpoint_of_nonsense_is_a_clean_error(scratch, small_state, draw):
     """A file that is formally right, with anything at all in place of a field or a setting."""
@@ -751,18 +642,6 @@ def test_a_run_does_not_resume_from_nonsense(monkeypatch, trained, tmp_path, spo
     spoil(state)
     torch.save(state, tmp_path / "ckpt-00000001.pt")
     assert answer in error_line(monkeypatch, train, TINY, f"--steps 2 --out {tmp_path}")
-
-
-def test_the_settings_of_the_optimizer_are_those_of_the_command_not_of_the_file(
-        monkeypatch, trained, tmp_path):
-    """A checkpoint brings Adam's moments alone."""
-    state = checkpoint(trained)
-    state["optimizer"]["param_groups"] = 5
-    torch.save(state, tmp_path / "ckpt-00000001.pt")
-    run(monkeypatch, train, TINY, f"--steps 2 --lr 0 --out {tmp_path}")
-    resumed = checkpoint(tmp_path)
-    assert_same_state(resumed, state, ["model"])
-    assert resumed["optimizer"]["param_groups"][0]["weight_decay"] == 0
 
 
 LOG = b"".join(json.dumps({"step": k, "loss": 0.5}).encode() + b"\n" for k in range(9))
