@@ -8,8 +8,6 @@ something for which it must come out otherwise.
 import io
 import json
 import re
-import sys
-import types
 import zipfile
 
 import numpy as np
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import theory.__main__
+import train
 from theory import claims, patches, tokens
 from theory.claims import BASES, CONDITIONAL, FALSE, HOLDS, MISPRINT
 from theory.model import (GaussianModel, best_guess, cost_passed_on, cost_unseen, covariance,
@@ -466,7 +465,7 @@ def test_the_bound_of_shapes_is_that_of_the_best_linear_guess(monkeypatch):
     mix = rng.standard_normal((48, 48)) / 7
     drawings = np.clip(127.5 + 60 * rng.standard_normal((1000, 48)) @ mix, 0, 255)
     images = [(row.reshape(4, 4, 3), 0) for row in drawings]
-    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(ShapesData=lambda size: images))
+    monkeypatch.setattr(train, "Shapes", lambda size: images)
     (own, one), = patches.of_shapes(number=1000, size=4, sides=(2,)).values()
     sigma, t = np.cov(drawings.T / 127.5, bias=True), tokens.SHAPES_TIMES[6]
     K = (t * np.eye(48) - (1 - t) * sigma) @ np.linalg.inv((1 - t) ** 2 * sigma + t**2 * np.eye(48))

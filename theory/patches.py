@@ -72,8 +72,8 @@ def of_photos(path, kind, side):
 
 def of_shapes(number=50_000, size=32, sides=(4, 8)):
     """{name: (2, times, 3 side^2)}"""
-    from train import ShapesData             # only here: the rest of this folder stands alone
-    images = ShapesData(size)
+    from train import Shapes                 # only here: the rest of this folder stands alone
+    images = Shapes(size)
     lam, U = np.linalg.eigh(covariance(moments(
         np.stack([images[i][0].ravel() for i in range(start, start + 1000)])
         for start in range(0, number, 1000))))
