@@ -6,6 +6,7 @@ The paper's questions at laptop scale.
     python -m experiments heads --run --photos IMAGES        # first train what is missing
     python -m experiments --page                # write the tables of README.md
     python -m experiments --quick               # a smoke run of all, which leaves nothing
+    python -m experiments --recognise           # judge samples of our weights, or the newest run
 """
 
 import json
@@ -21,6 +22,8 @@ from experiments.lab import Lab
 from experiments.models import EXPERIMENTS
 from sample import Parser, run, save_atomically
 
+PAGE, ASSETS = report.HERE / "README.md", report.HERE.parent / "assets"
+
 
 def parse(argv=None):
     parser = Parser(description=__doc__)
@@ -34,6 +37,7 @@ def parse(argv=None):
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--page", action="store_true", help="write the tables of README.md")
     add("--quick", action="store_true", help="a smoke run, which leaves nothing")
+    add("--recognise", nargs="?", const="", metavar="CKPT", help="judge samples of drawn classes")
     options = parser.parse_args(argv)
     for name in options.names:
         check_choice("experiment", name, EXPERIMENTS)
@@ -60,12 +64,11 @@ def show(name, folder, pictures, runs):
     text = f"# {name}\n\n{report.table(groups, rows)}\n{report.rates_table(groups, rows)}"
     print(text)
     write(Path(folder, f"{name}.md"), text)
-    figure = (report.FIGURES[name](rows) if name in report.FIGURES else
-              overfit.draw(runs) if name == "overfit" else None)
+    figure = overfit.draw(runs) if name == "overfit" else report.draw(name, rows)
     if figure:
         save_atomically(Path(pictures, f"{name}.png"),
                         lambda partial: figure.savefig(partial, format="png", dpi=120))
-    plt.close("all")
+        plt.close(figure)
 
 
 def fill(page):
@@ -80,9 +83,10 @@ def fill(page):
 
 
 def main():
-    options, page = parse(), report.HERE / "README.md"
+    options, pictures = parse(), ASSETS
     plt.switch_backend("Agg")
-    pictures = report.HERE.parent / "assets"
+    if options.recognise is not None:
+        return print(*Lab(options).recognise(options.recognise or None))
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
             options.run, options.runs, options.results, pictures = True, scratch, scratch, scratch
@@ -92,7 +96,7 @@ def main():
                 train_missing(name, lab)
             show(name, options.results, pictures, options.runs)
     if options.page:
-        write(page, fill(page.read_text()))
+        write(PAGE, fill(PAGE.read_text()))
 
 
 if __name__ == "__main__":

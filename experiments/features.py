@@ -28,15 +28,16 @@ def tokens(net, data, n):
 
 
 def probe(x, y, x_new, y_new):
-    """Fraction of y_new that a ridge regression to one-hot labels, fitted to x, y, recognises."""
-    targets = np.eye(y.max() + 1)[y] - np.bincount(y) / len(y)
+    """Fraction of y_new that a ridge regression to one-hot labels recognises.  It is fitted to x, y
+    with each dimension of x standardised."""
+    mean, std, share = x.mean(axis=0), x.std(axis=0) + 1e-9, np.bincount(y) / len(y)
+    x, x_new = (x - mean) / std, (x_new - mean) / std
+    targets = np.eye(y.max() + 1)[y] - share
     weights = np.linalg.solve(x.T @ x + 0.01 * len(x) * np.eye(x.shape[1]), x.T @ targets)
-    return float(((x_new @ weights + np.bincount(y) / len(y)).argmax(axis=1) == y_new).mean())
+    return float(((x_new @ weights + share).argmax(axis=1) == y_new).mean())
 
 
 def measure(lab, name, model, net):
     training, held_out = lab.data(model.data, model.config.image_size)
     x, y = tokens(net, training, 60 if lab.quick else 1000)
-    x_new, y_new = tokens(net, held_out, 60 if lab.quick else 500)
-    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-9         # each dimension standardised
-    return dict(probe=probe((x - mean) / std, y, (x_new - mean) / std, y_new))
+    return dict(probe=probe(x, y, *tokens(net, held_out, 60 if lab.quick else 500)))

@@ -21,24 +21,25 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import Subset
+from torch.utils.data import Subset, default_collate
 from tqdm import tqdm
 
 import train
 from experiments.report import RATE_SEED, SEEDS, find, rates_of
 from experiments.speed import cost
 from fid import frechet_distance
-from sample import generate, locked, start_processes, to_uint8
+from sample import find_checkpoint, generate, load_model, locked, start_processes, to_uint8
 
 TRAINING = dict(batch_size=16, micro_batch=16, warmup=50, cooldown=0.0, time_mean=0.0, workers=0,
                 sample_every=0, save_every=500, keep=1, log_every=100)
 SAMPLING = dict(sampler="ab2", steps=12)     # without guidance
-RATES = 3e-3, 6e-3, 1.2e-2                    # tried for models that name none
+RATES = 3e-3, 6e-3, 1.2e-2                   # tried for models that name none
 
 
 class Drawn:
@@ -71,48 +72,42 @@ class Judge:
     """A small classifier, trained on images with a little noise: exact pixels do not matter."""
 
     def __init__(self, training, validation, steps):
-        self.real = np.stack([image for image, _ in validation])
-        labels = np.array([label for _, label in validation])
         widths, layers = [3, 16, 32, 64, 64], []
         torch.manual_seed(0)
         for i, o in zip(widths, widths[1:]):
             layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-        self.net = nn.Sequential(
-            *layers, nn.AdaptiveMaxPool2d(2), nn.Flatten(),
-            nn.Linear(4 * 64, labels.max() + 1)).to(memory_format=torch.channels_last)
+        layers += [nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(4 * 64, 10)]
+        self.net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3)
         for step in tqdm(range(steps), "training the judge"):
-            batch = [training[k % len(training)] for k in range(64 * step, 64 * step + 64)]
-            x = train.to_model(torch.from_numpy(np.stack([image for image, _ in batch])), "cpu")
+            pixels, y = default_collate([training[k % len(training)]
+                                         for k in range(64 * step, 64 * step + 64)])
+            x = train.to_model(pixels, "cpu")
             x = x + 0.1 * torch.rand(()) * torch.randn_like(x)
-            F.cross_entropy(self.net(x), torch.tensor([label for _, label in batch])).backward()
+            F.cross_entropy(self.net(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         self.net.eval()
-        self.moments = self.moments_of(self.real)
-        self.accuracy = float((self.classes_of(self.real) == labels).mean())
+        self.real, labels = (x.numpy() for x in default_collate(validation))
+        classes, self.moments = self.look(self.real)
+        self.accuracy = float((classes == labels).mean())
 
     @torch.no_grad()
-    def look(self, net, images):
-        """What a part of the classifier makes of images, uint8 (n, H, W, 3)."""
-        parts = np.array_split(images, 10)
-        return torch.cat([net(train.to_model(torch.from_numpy(part), "cpu")) for part in parts])
+    def look(self, images):
+        """uint8 (n, H, W, 3) -> classes (n,), and of the last maps, averaged over the image: mean
+        (64,) and covariance (64, 64)"""
+        maps = torch.cat([self.net[:-3](train.to_model(torch.from_numpy(part), "cpu"))
+                          for part in np.array_split(images, 10)])
+        features = maps.mean(dim=(2, 3)).double().numpy()
+        return (self.net[-3:](maps).argmax(1).numpy(),
+                (features.mean(axis=0), np.cov(features, rowvar=False)))
 
-    def classes_of(self, images):
-        """uint8 (n, H, W, 3) -> class indices (n,)"""
-        return self.look(self.net, images).argmax(1).numpy()
-
-    def moments_of(self, images):
-        """Mean (64,) and covariance (64, 64) of the last maps, averaged over the image."""
-        features = self.look(self.net[:-3], images).mean(dim=(2, 3)).double().numpy()
-        return features.mean(axis=0), np.cov(features, rowvar=False)
-
-    def measure(self, images, P, classes=10):
-        """Every measure of samples, of class i mod classes in turn."""
-        requested = np.arange(len(images)) % classes
-        return dict(frechet=frechet_distance(*self.moments, *self.moments_of(images)),
-                    recognised=float((self.classes_of(images) == requested).mean()),
+    def measure(self, images, P):
+        """Every measure of samples, of class i mod 10 in turn."""
+        classes, moments = self.look(images)
+        return dict(frechet=frechet_distance(*self.moments, *moments),
+                    recognised=float((classes == np.arange(len(images)) % 10).mean()),
                     seam=float(abs(seam_contrast(images, P) / seam_contrast(self.real, P) - 1)))
 
 
@@ -162,7 +157,7 @@ class Lab:
     def sample(self, net, n, seed=0, **settings):
         """Samples i = 0 ... n - 1 of class i mod K.  -> uint8 (n, H, W, 3)"""
         settings = SAMPLING | settings | (dict(steps=2) if self.quick else {})
-        parts = [np.arange(i, min(i + 50, n)) for i in range(0, n, 50)]
+        parts = np.split(np.arange(n), range(50, n, 50))
         return np.concatenate([
             to_uint8(generate(net, part % net.config.num_classes, part, seed, **settings))
             for part in tqdm(parts, "sampling", leave=False)])
@@ -173,6 +168,16 @@ class Lab:
         images = [self.sample(net, half, seed, **settings) for seed in (0, 1)]
         judge = self.judge(model.data, model.config.image_size)
         return judge.measure(np.concatenate(images), model.config.patch_size)
+
+    def recognise(self, given):
+        """Every measure of samples of a checkpoint, guided as `python sample.py` does it."""
+        path = find_checkpoint(given)
+        net, info = load_model(path, self.device)
+        if info["classes"] != train.Shapes.classes:
+            raise ValueError(f"{path} was not trained on the drawn shapes")
+        model = SimpleNamespace(data="shapes", config=net.config)
+        return path, self.judge_samples(model, net, sampler="euler", steps=100, cfg=2.9,
+                                        interval=(0.03, 0.89))
 
     def losses(self, model, net):
         """Of held-out images; and the size of the model."""
@@ -202,18 +207,20 @@ class Lab:
     def missing(self, experiment, groups, rows):
         """Yields the rows that an experiment lacks.  A model without a learning rate gets the best
         of RATES on seed 9.  Models of photos are left out without --photos."""
+        places = [(group, name) for group in groups for name in groups[group]
+                  if groups[group][name].data != "photos" or self.options.photos]
+        if self.quick:
+            places = [place for place in places if place[0] == places[0][0]]
         for seed in SEEDS[:1] if self.quick else SEEDS:
-            for group, models in list(groups.items())[:1 if self.quick else None]:
-                for name, model in models.items():
-                    if model.data == "photos" and not self.options.photos:
-                        continue
-                    place, tried = (experiment, group, name), rates_of(rows, group, name)
-                    for lr in RATES if not (model.lr or self.quick) else ():
-                        if lr not in tried:
-                            row = self.row(*place, replace(model, lr=lr), RATE_SEED, 1000)
-                            tried[lr] = row["loss"] or math.inf
-                            yield row
-                    lr = model.lr or min(tried, key=tried.get, default=3e-3)
-                    for steps in model.steps[-1 if self.quick else 0:]:
-                        if not find(rows, group=group, model=name, seed=seed, steps=steps):
-                            yield self.row(*place, replace(model, lr=lr), seed, steps)
+            for group, name in places:
+                model, tried = groups[group][name], rates_of(rows, group, name)
+                for lr in RATES if not (model.lr or self.quick) else ():
+                    if lr not in tried:
+                        row = self.row(experiment, group, name, replace(model, lr=lr),
+                                       RATE_SEED, 1000)
+                        tried[lr] = row["loss"] or math.inf
+                        yield row
+                lr = model.lr or min(tried, key=tried.get, default=3e-3)
+                for steps in model.steps[-1 if self.quick else 0:]:
+                    if not find(rows, group=group, model=name, seed=seed, steps=steps):
+                        yield self.row(experiment, group, name, replace(model, lr=lr), seed, steps)

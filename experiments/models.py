@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dip import DiP, DiPConfig, FinalLayer, PatchDetailerHead, patchify, unpatchify
 from experiments import features, gaussian, overfit, samplers, toy
 from experiments.lab import Drawn
+from theory.model import gain
 
 WIDE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
                  head="none")
@@ -38,21 +39,6 @@ class Model:
 # Networks that dip.py does not have
 
 
-def changed(change):
-    """How to build a DiP and then change it."""
-    def build(config):
-        net = DiP(config)
-        change(net)
-        return net
-
-    return build
-
-
-def ending_in(layer, **settings):
-    """How to build a DiP with another last layer."""
-    return changed(lambda net: setattr(net, "output", layer(net.config, **settings)))
-
-
 def zero(*layers):
     for layer in layers:
         nn.init.zeros_(layer.weight)
@@ -63,9 +49,8 @@ class ScalarPath(DiP):
     """v = gain(t) x_t + DiT's last layer: EDM's c_skip (arXiv 2206.00364), which has no weights."""
 
     def forward(self, x_t, t, y):
-        s = t[:, None, None, None]
-        gain = (s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2)   # best for a variance of 0.25
-        return gain * x_t + super().forward(x_t, t, y)
+        best = gain(0.25, t)[:, None, None, None]            # for pixels of variance 0.25
+        return best * x_t + super().forward(x_t, t, y)
 
 
 class LinearPath(nn.Module):
@@ -110,18 +95,23 @@ class Both(nn.Module):
         return self.plain(*inputs) + self.detailer(*inputs)
 
 
-def reset(module):
-    """PyTorch's default initialisation."""
-    getattr(module, "reset_parameters", int)()
+OUTPUTS = {"linear path": LinearPath, "linear path, head": partial(LinearPath, as_head=True),
+           "U-Net + last layer": Both}
 
 
-BUILD = {
-    "scalar path": ScalarPath, "linear path": ending_in(LinearPath),
-    "linear path, head": ending_in(LinearPath, as_head=True), "U-Net + last layer": ending_in(Both),
-    "U-Net, last layer from 0": changed(lambda net: zero(net.output.head.out)),
-    "U-Net, random upsampling": changed(lambda net: [
-        nn.init.kaiming_normal_(up.weight, nonlinearity="relu") for up in net.output.head.up]),
-    "U-Net, PyTorch's default": changed(lambda net: net.output.head.apply(reset))}
+def build(name, config):
+    """The network that a model's name stands for."""
+    net = ScalarPath(config) if name == "scalar path" else DiP(config)
+    if name in OUTPUTS:
+        net.output = OUTPUTS[name](config)
+    elif name == "U-Net, last layer from 0":
+        zero(net.output.head.out)
+    elif name == "U-Net, random upsampling":
+        for up in net.output.head.up:
+            nn.init.kaiming_normal_(up.weight, nonlinearity="relu")
+    elif name == "U-Net, PyTorch's default":
+        net.output.head.apply(lambda module: getattr(module, "reset_parameters", int)())
+    return net
 
 
 # -------------------------------------------------------------------------------------------------
@@ -132,6 +122,9 @@ def changes_of(name, P):
     """The changes to a configuration without a head that a model's name stands for."""
     C, n = {4: (16, 2), 8: (32, 3), 16: (64, 4)}[P]          # channels and stages of the U-Net
     unet = dict(head="unet", head_width=C, head_depth=n)
+    if name.endswith(("stage", "stages", "channels")):
+        what = "head_width" if name.endswith("channels") else "head_depth"
+        return unet | {"head_width": 32, what: int(name.split()[0])}
     known = {
         "deeper": dict(depth=8), "272 wide": dict(hidden_size=272),      # the U-Net's FLOPs
         "368 wide": dict(hidden_size=368), "no head, predicts x": dict(prediction="x"),
@@ -141,17 +134,14 @@ def changes_of(name, P):
         "U-Net between blocks": dict(unet, placement="intermediate"),
         "U-Net in both places": dict(unet, placement="hybrid"),
         "U-Net on the image": dict(unet, head_input="image"),
-        "U-Net, predicts x": dict(unet, prediction="x"),
-        **{f"{n} stage{'s' * (n > 1)}": dict(head="unet", head_width=32, head_depth=n)
-           for n in (1, 2, 3, 4)},
-        **{f"{C} channels": dict(unet, head_width=C) for C in (8, 16, 32, 64)}}
+        "U-Net, predicts x": dict(unet, prediction="x")}
     return known.get(name, unet if name.startswith(("U-Net", "DiP")) else {})
 
 
 def models(base, rates, data="shapes", steps=(500,), measure=None, **training):
     """{name: Model} of {name: learning rate}."""
     return {name: Model(base.replace(**changes_of(name, base.patch_size)), lr, data,
-                        BUILD.get(name, DiP), training, steps, measure)
+                        partial(build, name), training, steps, measure)
             for name, lr in rates.items()}
 
 
@@ -159,14 +149,12 @@ REGIMES = {"narrow": NARROW, "wide": WIDE}
 PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
 OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
 PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head"))
-FOUR = {"no head": 6e-3, "U-Net": 3e-3, "U-Net + last layer": 6e-3, "deeper": 6e-3}
-ON_PHOTOS = {"no head": 3e-3, "U-Net": 3e-3, "U-Net + last layer": 6e-3, "deeper": 3e-3}
-PLACES = {"no head": 6e-3, **dict.fromkeys((
-    "U-Net", "U-Net between blocks", "U-Net in both places"), 3e-3)}
+BOTH = {"no head": 6e-3, "U-Net": 3e-3}
+FOUR = BOTH | {"U-Net + last layer": 6e-3, "deeper": 6e-3}
+PLACES = BOTH | {"U-Net between blocks": 3e-3, "U-Net in both places": 3e-3}
 SHORT = PLACES | {"no head, predicts x": 6e-3, "coordinate": 6e-3} | dict.fromkeys((
     "MLP", "attention", "U-Net on the image", "U-Net, predicts x", "U-Net, last layer from 0",
     "U-Net, random upsampling", "U-Net, PyTorch's default"), 3e-3)
-BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
     "paths": {f"{base.hidden_size} wide, {data}": models(base, PATHS, data, (2000,), cooldown=0.3)
@@ -175,16 +163,18 @@ EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a 
                                        {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))
                   for D, num_heads in ((16, 1), (36, 3), (48, 3), (72, 3), (144, 6))},
     "heads": {
-        "wide, shapes": models(WIDE, {**FOUR, "coordinate": 6e-3}, steps=(500, 2000)),
-        "wide, photos": models(WIDE, {**ON_PHOTOS, "coordinate": 6e-3}, "photos", (500, 2000)),
+        "wide, shapes": models(WIDE, FOUR | {"coordinate": 6e-3}, steps=(500, 2000)),
+        "wide, photos": models(WIDE, FOUR | {"no head": 3e-3, "deeper": 3e-3, "coordinate": 6e-3},
+                               "photos", (500, 2000)),
         "wide, shapes, longer": models(WIDE, FOUR, steps=(500, 1000, 2000, 4000, 8000)),
         "photos of 64": models(OF_64, BOTH, "photos", (2000, 10_000), batch_size=8, micro_batch=8)},
     "short": {
-        "narrow, shapes": models(NARROW, {**SHORT, "272 wide": 3e-3}),
-        "wide, shapes": models(WIDE, {**SHORT, "368 wide": 3e-3}),
-        "stages, patches of 16": models(PATCHES[16], {
-            f"{n} stage{'s' * (n > 1)}": 3e-3 for n in (1, 2, 3, 4)}),
-        "channels, patches of 8": models(WIDE, {f"{C} channels": 3e-3 for C in (8, 16, 32, 64)}),
+        "narrow, shapes": models(NARROW, SHORT | {"272 wide": 3e-3}),
+        "wide, shapes": models(WIDE, SHORT | {"368 wide": 3e-3}),
+        "stages, patches of 16": models(PATCHES[16], dict.fromkeys(
+            ("1 stage", "2 stages", "3 stages", "4 stages"), 3e-3)),
+        "channels, patches of 8": models(WIDE, dict.fromkeys(
+            ("8 channels", "16 channels", "32 channels", "64 channels"), 3e-3)),
         **{f"patches of {P}": models(base, BOTH) for P, base in PATCHES.items()}},
     "overfit": {f"{name}, one photo": models(
         base.replace(image_size=overfit.SIZE, num_classes=1), dict.fromkeys(BOTH, 3e-3),

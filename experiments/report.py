@@ -7,6 +7,7 @@ times and noise: the mean of the differences to the first model of the group ± 
 Bold: beyond three standard errors.  Of three seeds, chance does that in one comparison of ten.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -71,8 +72,8 @@ def format_mean(numbers, paired=False):
 
 
 def markdown(header, lines):
-    return "\n".join(f"| {' | '.join(cells)} |"
-                     for cells in (header, ["-"] * len(header), *lines))
+    lines = (header, ["-"] * len(header), *lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def table(groups, rows, measures=tuple(LABELS), last=False):
@@ -84,29 +85,29 @@ def table(groups, rows, measures=tuple(LABELS), last=False):
         for steps in models[first].steps[-1 if last else 0:]:
             title = f"{group}, {steps} steps"
             for name in models:
-                found = [row for row in find(rows, group=group, model=name, steps=steps)
-                         if row["seed"] in SEEDS]
-                line = [title, name, f"{found[0].get('gflops', 0):.3f}"] if found else []
-                for m in measures if found else ():
-                    pairs = differences(rows, m, name, first, group=group, steps=steps)
-                    line += [format_mean([row[m] for row in found if row.get(m) is not None]),
+                where = dict(group=group, model=name, steps=steps)
+                found = [row for row in find(rows, **where) if row["seed"] in SEEDS]
+                if not found:
+                    continue
+                line = [title, name, f"{found[0].get('gflops', 0):.3f}"]
+                for m in measures:
+                    pairs = differences(rows, m, reference=first, **where)
+                    line += [format_mean(list(by_seed(rows, m, **where).values())),
                              format_mean(pairs, paired=True) if name != first else ""]
-                lines += [line] if found else []
-                title = "" if found else title
+                lines, title = lines + [line], ""
     columns = [label for m in measures for label in (LABELS[m], "to the first")]
     return markdown(["models", "", "GFLOPs", *columns], lines)
 
 
 def rates_table(groups, rows):
     """Loss on seed 9 at each learning rate, if some were tried."""
-    rates = sorted({row["lr"] for row in find(rows, seed=RATE_SEED)})
-    tried = {(group, name): rates_of(rows, group, name)
-             for group, models in groups.items() for name in models}
-    lines = [[*place, *(f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates)]
-             for place, losses in tried.items() if losses]
-    title = "\nLoss on seed 9 at each learning rate:\n\n"
-    header = ["group", "model", *map("{:g}".format, rates)]
-    return f"{title}{markdown(header, lines)}\n" if rates else ""
+    rates, lines = sorted({row["lr"] for row in find(rows, seed=RATE_SEED)}), []
+    for group, name in ((group, name) for group in groups for name in groups[group]):
+        losses = rates_of(rows, group, name)
+        cells = [f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates]
+        lines += [[group, name, *cells]] if losses else []
+    found = markdown(["group", "model", *map("{:g}".format, rates)], lines)
+    return f"\nLoss on seed 9 at each learning rate:\n\n{found}\n" if rates else ""
 
 
 def answer():
@@ -124,28 +125,25 @@ def answer():
 
 def dots(rows, groups, measures=("loss", "frechet")):
     """A panel for each measure and group: a line a model, a dot a seed, after the last step."""
-    rows = [row for row in rows if row["seed"] in SEEDS and row["group"] in groups]
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    names = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows if row["group"] in groups))
     figure, panels = plt.subplots(len(measures), len(groups), sharey=True, layout="constrained",
                                   squeeze=False, figsize=(11, 0.45 * len(names) + 1.8))
-    for measure, line in zip(measures, panels):
-        for group, axes in zip(groups, line):
-            steps = max(row["steps"] for row in find(rows, group=group))
-            found = [list(by_seed(rows, measure, group=group, model=name, steps=steps).values())
-                     for name in names]
-            for place, figures in enumerate(found):
-                axes.plot(figures, [place] * len(figures), "o", alpha=0.7, markersize=5)
-            axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
-            wide = max(sum(found, [])) > 4 * min(sum(found, []))
-            axes.set_xscale("log" if wide else "linear")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_title(f"{group}, {steps} steps", size=9)
-            axes.set_yticks(range(len(names)), names, size=9)
-            axes.tick_params(axis="x", labelsize=8)
-            axes.set_xticks([], minor=True)
-            axes.grid(alpha=0.3)
+    for axes, (measure, group) in zip(panels.flat, itertools.product(measures, groups)):
+        steps = max(row["steps"] for row in find(rows, group=group))
+        found = [list(by_seed(rows, measure, group=group, model=name, steps=steps).values())
+                 for name in names]
+        for place, figures in enumerate(found):
+            axes.plot(figures, [place] * len(figures), "o", alpha=0.7, markersize=5)
+        axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
+        wide = max(sum(found, [])) > 4 * min(sum(found, []))
+        axes.set_xscale("log" if wide else "linear")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(f"{group}, {steps} steps", size=9)
+        axes.set_yticks(range(len(names)), names, size=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
     return figure
 
 
@@ -176,7 +174,10 @@ def crossover(rows):
     return figure
 
 
-FIGURES = {"paths": lambda rows: dots(rows, {row["group"] for row in rows}),
-           "heads": lambda rows: dots(rows, {row["group"] for row in rows}),
-           "short": lambda rows: dots(rows, ("narrow, shapes", "wide, shapes")),
-           "crossover": crossover}
+def draw(name, rows):
+    """The figure of an experiment, or None."""
+    rows = [row for row in rows if row["seed"] in SEEDS]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    if name in ("paths", "heads", "short"):
+        return dots(rows, groups[:2] if name == "short" else groups)
+    return crossover(rows) if name == "crossover" else None

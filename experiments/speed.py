@@ -3,24 +3,19 @@ What a head costs.
 
     python -m experiments.speed --presets                      # the table of presets in the README
     python -m experiments.speed DiT-XL/16 DiP-XL/16 --train    # measure passes, in turns
-    python -m experiments.speed --plan DiP-XL/16 DiP-B/16      # predict training steps
+    python -m experiments.speed --plan DiP-XL/16 DiP-B/16      # predict the memory of training
 
-"Products" is the time of the matrix products, convolutions and attention in one more pass, each
-timed by itself: a floor for any code that leaves them as they are.  A prediction runs a training
-step under bf16 autocast on fake tensors, which have no values.  Peak memory is MemTracker's.  Each
-kernel takes the longest of its FLOPs, its bytes and a launch, at the peak rates of a card.
+A prediction runs a training step under bf16 autocast on fake tensors, which have no values.
 """
 
 import statistics
 import time
 
 import torch
-import torch.utils._pytree as pytree
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dip import PRESETS, DiP, flow_matching_loss
@@ -30,13 +25,6 @@ PAPER_MILLIONS = {       # Tables 1, 2 and 3
     "DiT-XL/16": 629, "DiT-XL-deep/16": 772, "DiT-XL-1280/16": 776, "DiT-XL-1536/16": 1100,
     "DiP-XL/16": 631, "DiP-XL/16-mlp": 630, "DiP-XL/16-coordinate": 700, "DiP-XL/16-attention": 630,
     "DiP-XL/32": 631}
-CARDS = {    # dense bf16 FLOP/s and bytes/s of the SXM cards, from NVIDIA's data sheets
-    "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-LAUNCH = 5e-6            # seconds that a small kernel takes at least, an assumption
-FLASH = "_scaled_dot_product_flash_attention"                # has another name on a CPU
-FLOPS = flop_registry | {                                    # {operator: its FLOPs}
-    getattr(torch.ops.aten, f"{FLASH}_for_cpu{way}"): flop_registry[
-        getattr(torch.ops.aten, FLASH + way)] for way in ("", "_backward")}
 
 
 def cost(config, build=DiP):
@@ -54,8 +42,8 @@ def cost(config, build=DiP):
 
 
 def print_presets():
-    """The README's table of presets, except its last column, which --plan predicts."""
-    print("| preset | parameters | GFLOPs | tokens | paper |\n|---|---|---|---|---|")
+    """The README's table of presets."""
+    print("| preset | parameters | GFLOPs | tokens | paper's parameters |\n|---|---|---|---|---|")
     for name, config in PRESETS.items():
         parameters, flops = cost(config)
         tokens = (config.image_size // config.patch_size) ** 2
@@ -63,30 +51,9 @@ def print_presets():
         print(f"| {name} | {parameters / 1e6:.1f} M | {flops / 1e9:.1f} | {tokens} | {paper} |")
 
 
-class Roofline(TorchDispatchMode):
-    """Counts what runs inside it: kernels, FLOPs, and the seconds they take at least on a card."""
-
-    def __init__(self, card):
-        super().__init__()
-        self.rates, self.launches, self.flops, self.seconds = CARDS[card], 0, 0, 0.0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view and function._schema.name != "aten::detach":
-            moved = 0
-            for side in ((args, kwargs), out):               # bytes read, bytes written
-                tensors = [x for x in pytree.tree_leaves(side) if isinstance(x, torch.Tensor)]
-                moved += sum({x.untyped_storage()._cdata: x.nbytes for x in tensors}.values())
-            count = FLOPS.get(function._overloadpacket)
-            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-            self.launches, self.flops = self.launches + 1, self.flops + flops
-            self.seconds += max(LAUNCH, flops / self.rates[0], moved / self.rates[1])
-        return out
-
-
-def plan(config, micro_batch, grad_checkpoint, card):
-    """(peak bytes, Roofline) of a training step: the model, its gradients, Adam's moments and EMA,
-    one micro-batch, and the update, on fake tensors."""
+def plan(config, micro_batch, grad_checkpoint):
+    """Peak bytes of a training step: the model, its gradients, Adam's moments and EMA, one
+    micro-batch, and the update, on fake tensors."""
     with FakeTensorMode():
         model = DiP(config)
         ema = [torch.empty_like(p) for p in model.parameters()]
@@ -98,26 +65,22 @@ def plan(config, micro_batch, grad_checkpoint, card):
         train.prepare(model, train.parse(["--grad-checkpoint"] * grad_checkpoint))
         x = torch.empty(micro_batch, 3, config.image_size, config.image_size)
         y, t = torch.zeros(micro_batch, dtype=torch.long), torch.ones(micro_batch)
-        memory, roofline = MemTracker(), Roofline(card)
+        memory = MemTracker()
         memory.track_external(model, optimizer, *ema, x, y, t)
-        with memory, roofline:
+        with memory:
             with torch.autocast("cpu", torch.bfloat16):
                 flow, _ = flow_matching_loss(model, x, y, t, x)
             flow.mean().backward()
             optimizer.step()
             torch._foreach_lerp_(ema, list(model.parameters()), 1e-4)
-    return memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], roofline
+    return memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-def print_plan(names, B, card):
-    print(f"| micro-batch {B}, one {card}, predicted | peak GiB | TFLOPs | kernels | ms, at least "
-          f"| images/s, at most |\n|---|---|---|---|---|---|")
+def print_plan(names, B):
+    print(f"| micro-batch {B}, predicted peak, GiB | plain | --grad-checkpoint |\n|---|---|---|")
     for name in names:
-        for recompute in (False, True):
-            peak, found = plan(PRESETS[name], B, recompute, card)
-            print(f"| {name}{', --grad-checkpoint' * recompute} | {peak / 2**30:.1f} | "
-                  f"{found.flops / 1e12:.1f} | {found.launches} | {found.seconds * 1e3:.0f} | "
-                  f"{B / found.seconds:.0f} |", flush=True)
+        plain, recomputed = (plan(PRESETS[name], B, again) / 2**30 for again in (False, True))
+        print(f"| {name} | {plain:.1f} | {recomputed:.1f} |", flush=True)
 
 
 def clock(device):
@@ -127,50 +90,27 @@ def clock(device):
     return time.perf_counter()
 
 
-class Products(TorchDispatchMode):
-    """The seconds of the matrix products, convolutions and attention that run inside it."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device, self.seconds = device, 0.0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        start = clock(self.device)
-        out = function(*args, **(kwargs or {}))
-        if function._overloadpacket in FLOPS:
-            self.seconds += clock(self.device) - start
-        return out
-
-
-def one_pass(model, options, device):
-    """Forward pass of the loss, and backward with --train."""
+def seconds(model, options, device):
+    """Of the forward pass of the loss, and of the backward pass with --train."""
     B, size = options.batch, model.config.image_size
     x, t = torch.ones(B, 3, size, size, device=device), torch.full((B,), 0.5, device=device)
+    start = clock(device)
     with autocast(device), torch.set_grad_enabled(options.train):
         flow, _ = flow_matching_loss(model, x, torch.zeros_like(t).long(), t, x)
     if options.train:
         flow.mean().backward()
         model.zero_grad()
+    return clock(device) - start
 
 
 def measure(options, device):
     """A line a preset.  Models take turns: whatever else the machine does touches all of them."""
     models = [train.prepare(DiP(PRESETS[name]).to(device), options) for name in options.models]
-    turns = []
-    for _ in range(options.repeat):
-        for model in models:
-            start = clock(device)
-            one_pass(model, options, device)
-            seconds = clock(device) - start
-            with Products(device) as products:
-                one_pass(model, options, device)
-            turns.append((seconds, products.seconds))
+    turns = [[seconds(model, options, device) for model in models] for _ in range(options.repeat)]
     print(f"| batch {options.batch}, {device}, {torch.get_num_threads()} threads | s, median of "
-          f"{options.repeat - 1} after a warm-up | least | most | products, s |\n|{'---|' * 5}")
-    for k, name in enumerate(options.models):
-        times, products = zip(*turns[k::len(models)][1:])
-        print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | "
-              f"{statistics.median(products):.3f} |")
+          f"{options.repeat - 1} after a warm-up | least | most |\n|---|---|---|---|")
+    for name, times in zip(options.models, zip(*turns[1:])):
+        print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} |")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
@@ -182,7 +122,6 @@ def main():
     add("--presets", action="store_true", help="print the table of presets")
     add("--plan", nargs="+", choices=PRESETS, metavar="MODEL", help="presets to predict")
     add("--batch", type=number(int, 1), help="images at once [1; with --plan 32]")
-    add("--card", default="H100", choices=CARDS, help="whose rates --plan takes [H100]")
     add("--repeat", type=number(int, 2), default=10, help="turns; the first warms up [10]")
     add("--train", action="store_true", help="measure forward and backward pass of the loss")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -194,7 +133,7 @@ def main():
     if options.presets:
         print_presets()
     elif options.plan:
-        print_plan(options.plan, options.batch, options.card)
+        print_plan(options.plan, options.batch)
     else:
         measure(options, device)
 

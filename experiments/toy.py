@@ -18,8 +18,10 @@ from scipy.spatial import cKDTree
 from dip import MIN_TIME, TimeEmbedding
 from sample import heun, random_stream
 
-CELL, GRID, WIDTH, POINTS = 0.25, 32, 64, 4000   # side of a cell, cells a side, units, samples
+CELL, GRID, WIDTH = 0.25, 32, 64             # side of a cell, cells a side, units of a layer
 TRAINING = dict(batch_size=256, micro_batch=256, label_dropout=0.0, time_mean=-1.0)
+VIEWS = {"patch": lambda x, centre: (x - centre) / (CELL / 2), "image": lambda x, centre: x,
+         "image, enlarged": lambda x, centre: x / (CELL / 2)}
 
 
 def tree(start=(0.0, -0.95), angle=np.pi / 2, length=0.62, levels=5):
@@ -29,6 +31,7 @@ def tree(start=(0.0, -0.95), angle=np.pi / 2, length=0.62, levels=5):
                              for segment in tree(end, angle + turn, 0.68 * length, levels - 1)]
 
 
+@cache
 def on_the_tree(n, seed):
     """n points, uniform along the branches.  (n, 2)"""
     segments, rng = np.array(tree()), np.random.default_rng(seed)
@@ -37,9 +40,9 @@ def on_the_tree(n, seed):
     return chosen[:, 0] + rng.random((n, 1)) * (chosen[:, 1] - chosen[:, 0])
 
 
-def draw_point(index, points=cache(on_the_tree)):
+def draw_point(index):
     """Training point `index` as an image (1, 1, 2), in levels from 0 to 255, not rounded."""
-    return ((points(100_000, 0)[index] + 1) * 127.5).astype(np.float32)[None, None]
+    return ((on_the_tree(100_000, 0)[index] + 1) * 127.5).astype(np.float32)[None, None]
 
 
 class ToyNet(nn.Module):
@@ -63,20 +66,12 @@ class ToyNet(nn.Module):
         return ((x - clean) / t.clamp(min=MIN_TIME)[:, None]).view(x_t.shape)
 
 
-VIEWS = {"patch": lambda x, centre: (x - centre) / (CELL / 2), "image": lambda x, centre: x,
-         "image, enlarged": lambda x, centre: x / (CELL / 2)}
-
-
 @torch.no_grad()
-def draw_points(net, n):
-    """n samples of a toy model.  (n, 2)"""
-    device = next(net.parameters()).device
-    noise = torch.randn(n, 2, 1, 1, generator=random_stream("tree")).to(device)
-    points = heun(lambda x, t: net(x, torch.full((n,), t, device=device), None), noise, 50)
-    return points.flatten(1).double().cpu().numpy()
-
-
 def measure(lab, name, model, net):
-    points, truth = draw_points(net, POINTS), on_the_tree(20 * POINTS, 1)
+    """Mean distance of samples to the tree, and of points of the tree to the nearest sample."""
+    n = 100 if lab.quick else 4000
+    noise, net = torch.randn(n, 2, 1, 1, generator=random_stream("tree")), net.cpu()
+    points = heun(lambda x, t: net(x, torch.full((n,), t), None), noise, 50)
+    points, truth = points.flatten(1).double().numpy(), on_the_tree(20 * n, 1)
     return dict(to_tree=float(cKDTree(truth).query(points)[0].mean()),
-                from_tree=float(cKDTree(points).query(truth[:POINTS])[0].mean()))
+                from_tree=float(cKDTree(points).query(truth[:n])[0].mean()))

@@ -10,25 +10,16 @@ import textwrap
 
 from theory.claims import table
 
-INDENT = 15
-
-
-def lines():
-    """The table, 100 columns wide: verdict, equation and claim; below them what was found"""
-    for row in table():
-        head = f"{row.verdict:<{INDENT - 1}} {row.equation}: {row.claim}"
-        for text, first in ((head, ""), (row.evidence, " " * INDENT)):
-            yield from textwrap.wrap(text, 100, initial_indent=first, break_on_hyphens=False,
-                                     subsequent_indent=" " * INDENT)
-
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="also draw the figures into assets/")
-    options = parser.parse_args(arguments)
-    for line in lines():
-        print(line)
+    options, indent = parser.parse_args(arguments), 15 * " "
+    for equation, claim, evidence, verdict in table():
+        for text, first in ((f"{verdict:<14} {equation}: {claim}", ""), (evidence, indent)):
+            print(textwrap.fill(text, 100, initial_indent=first, subsequent_indent=indent,
+                                break_on_hyphens=False))
     if options.draw:
         from theory.figures import draw                    # matplotlib only where it is needed
         draw()

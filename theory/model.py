@@ -1,5 +1,5 @@
 """
-The Gaussian model of Appendix A, in the order of theory/README.md, whose sections are named below.
+The Gaussian model of Appendix A.  "Section" means a section of theory/README.md.
 
 Letters are the paper's: d values in an image, N patches of p, U (d, d) the orthonormal basis,
 lam (d,) the eigenvalues, falling; the first r are "low" frequency; t in (0, 1), where 0 is data and
@@ -13,7 +13,6 @@ from functools import cache, cached_property
 import numpy as np
 import scipy.fft
 import scipy.linalg
-import scipy.stats
 
 # -------------------------------------------------------------------------------------------------
 # Section 2: images.  A basis is U (d, d), columns from low frequency to high, and the pixels of
@@ -27,9 +26,8 @@ def dct_basis(d, p):
 
 def image_basis(side, patch):
     """Two dimensions: products of cosines by radial frequency; patches are squares."""
-    one = scipy.fft.idct(np.eye(side), axis=0, norm="ortho")
-    k = np.arange(side)
-    order = np.argsort(np.hypot(*np.meshgrid(k, k, indexing="ij")).ravel(), kind="stable")
+    one, _ = dct_basis(side, 1)
+    order = np.argsort(np.hypot(*np.indices((side, side))).ravel(), kind="stable")
     n = side // patch
     pixels = np.arange(side**2).reshape(n, patch, n, patch).swapaxes(1, 2).reshape(n * n, -1)
     return np.kron(one, one)[:, order], pixels
@@ -37,17 +35,13 @@ def image_basis(side, patch):
 
 def random_basis(d, p, seed=0):
     """A random rotation: "frequency" without any smoothness."""
-    return scipy.stats.ortho_group.rvs(d, random_state=seed), np.arange(d).reshape(-1, p)
-
-
-def decay(d, alpha):
-    """Assumption A.4: i^-alpha, i = 1 ... d"""
-    return np.arange(1, d + 1) ** -float(alpha)
+    q, r = np.linalg.qr(np.random.RandomState(seed).normal(size=(d, d)))
+    return q * np.sign(np.diag(r)), np.arange(d).reshape(-1, p)
 
 
 def image_decay(d, alpha, variance=0.25):
-    """The same, scaled so that a pixel has the variance of one of an image in [-1, 1]."""
-    lam = decay(d, alpha)
+    """Assumption A.4, i^-alpha, scaled so that a pixel has the variance of one in [-1, 1]."""
+    lam = np.arange(1, d + 1) ** -float(alpha)
     return lam * (variance * d / lam.sum())
 
 
@@ -78,7 +72,7 @@ def best_guess(target, seen, R):
 
 
 # -------------------------------------------------------------------------------------------------
-# Section 4: what the best guess does to one frequency of variance lam
+# Sections 4 and 7: one frequency of variance lam
 
 
 def gain(lam, t):
@@ -86,12 +80,30 @@ def gain(lam, t):
     return (t - (1 - t) * lam) / ((1 - t) ** 2 * lam + t**2)
 
 
+def cost_unseen(lam, t):
+    """What it costs to know nothing of a frequency: the variance of v*, gain^2 Var(x_t)"""
+    return (t - (1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2)
+
+
+def cost_passed_on(lam, t):
+    """The same if x_t / t is passed on, so that only E[x_0 | x_t] / t is missing"""
+    return ((1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2) / t**2
+
+
+def token_cost(eigenvalues, k):
+    """The least that a token of k dimensions loses, per value: the sum of all but the k largest
+    eigenvalues of the covariance of what it must hold, over their number; over the last axis."""
+    p = eigenvalues.shape[-1]
+    return np.sort(eigenvalues)[..., :max(0, p - k)].sum(axis=-1) / p
+
+
 # -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianModel:
-    """Assumptions A.3 to A.5 for one patch s and one t; x_0 = x_low + x_high ~ N(0, sigma)."""
+    """Assumptions A.3 to A.5 for one patch s and one t; x_0 = x_low + x_high ~ N(0, sigma).
+    A cached property is a formula of the model m, computed when it is first read."""
 
     U: np.ndarray            # (d, d)
     lam: np.ndarray          # (d,)
@@ -100,78 +112,52 @@ class GaussianModel:
     r: int
     t: float
 
-    # Section 2: images and patches
+    # Section 2.  P x is patch s of x (below Definition A.1), Q keeps it and sets the rest to 0, and
+    # V has the columns P u_i; the paper calls them v_i, like a velocity.
+    d = cached_property(lambda m: len(m.lam))
+    I = cached_property(lambda m: np.eye(m.d))
+    P = cached_property(lambda m: m.I[m.patches[m.s]])                   # (p, d)
+    Q = cached_property(lambda m: m.P.T @ m.P)                           # (d, d)
+    V = cached_property(lambda m: m.P @ m.U)                             # (p, d)
+    low = cached_property(lambda m: m.U[:, :m.r])                        # (d, r)
+    high = cached_property(lambda m: m.U[:, m.r:])                       # (d, d - r)
+    sigma_low = cached_property(lambda m: m.low * m.lam[:m.r] @ m.low.T)
+    sigma_high = cached_property(lambda m: m.high * m.lam[m.r:] @ m.high.T)
+    sigma = cached_property(lambda m: m.sigma_low + m.sigma_high)
 
-    @property
-    def d(self):
-        return len(self.lam)
+    # In the independent parts (x_low, x_high, eps): v = eps - x_0 in patch s, and the roots of the
+    # covariances of the parts
+    velocity = cached_property(lambda m: (-m.P, -m.P, m.P))
+    R = cached_property(lambda m: (*np.split(m.U * np.sqrt(m.lam), [m.r], axis=1), m.I))
 
-    @cached_property
-    def P(self):
-        """(p, d): P x is patch s of x (below Definition A.1)."""
-        return np.eye(self.d)[self.patches[self.s]]
+    # Section 4: DiP, Eq. (14), (13), (16)
+    M = cached_property(lambda m: np.linalg.inv((1 - m.t) ** 2 * m.sigma + m.t**2 * m.I))
+    A = cached_property(lambda m: m.t * m.I - (1 - m.t) * m.sigma)
+    dip_operator = cached_property(lambda m: m.P @ m.A @ m.M)
+    gains = cached_property(lambda m: gain(m.lam, m.t))                  # (d,)
 
-    @cached_property
-    def Q(self):
-        """(d, d): P^T P keeps patch s and sets the rest to 0."""
-        return self.P.T @ self.P
+    # Section 6: DiT, Eq. (14), (12).  sigma_hat is the covariance of x-hat_0 = x_low + Q x_high.
+    sigma_hat = cached_property(lambda m: m.sigma_low + m.Q @ m.sigma_high @ m.Q)
+    M_hat = cached_property(lambda m: np.linalg.inv((1 - m.t) ** 2 * m.sigma_hat + m.t**2 * m.I))
+    B = cached_property(lambda m: m.sigma_low + m.sigma_high @ m.Q)
+    B_hat = cached_property(lambda m: m.t * m.I - (1 - m.t) * m.B)
+    dit_operator = cached_property(lambda m: m.P @ m.B_hat @ m.M_hat)
 
-    @property
-    def V(self):
-        """(p, d): P u_i, part of frequency i in patch s; the paper calls it v_i, like a velocity"""
-        return self.P @ self.U
-
-    @cached_property
-    def sigma_low(self):
-        return self.U[:, :self.r] * self.lam[:self.r] @ self.U[:, :self.r].T
-
-    @cached_property
-    def sigma_high(self):
-        return self.U[:, self.r:] * self.lam[self.r:] @ self.U[:, self.r:].T
-
-    @property
-    def sigma(self):
-        return self.sigma_low + self.sigma_high
-
-    @cached_property
-    def R(self):
-        """Roots of the covariances of the independent parts (x_low, x_high, eps)"""
-        root = self.U * np.sqrt(self.lam)
-        return root[:, :self.r], root[:, self.r:], np.eye(self.d)
-
-    @property
-    def velocity(self):
-        """eps - x_0 in patch s, from (x_low, x_high, eps)"""
-        return -self.P, -self.P, self.P
-
-    # Section 4: DiP, Eq. (13), (14), (16)
-
-    @property
-    def M(self):
-        """Eq. (14)"""
-        return np.linalg.inv((1 - self.t) ** 2 * self.sigma + self.t**2 * np.eye(self.d))
-
-    @cached_property
-    def dip_operator(self):
-        """P A M of Eq. (13), with A of Eq. (14)"""
-        A = self.t * np.eye(self.d) - (1 - self.t) * self.sigma
-        return self.P @ A @ self.M
-
-    @property
-    def gains(self):
-        """(d,): the factor of each frequency in Eq. (16)"""
-        return gain(self.lam, self.t)
+    # Eq. (33), D_hat and E_hat.  The expansion of (34) needs a small norm of D^-1 E.
+    D = cached_property(lambda m: (1 - m.t) ** 2 * m.sigma_low + m.t**2 * m.I)
+    D_inverse = cached_property(lambda m: np.linalg.inv(m.D))
+    E = cached_property(lambda m: (1 - m.t) ** 2 * m.Q @ m.sigma_high @ m.Q)
+    smallness = cached_property(lambda m: np.linalg.norm(m.D_inverse @ m.E, 2))
 
     # Section 5: what an estimator sees
 
     def observation(self, who):
         """What is seen, from (x_low, x_high, eps)"""
-        t, I, zero = self.t, np.eye(self.d), np.zeros((self.d, self.d))
+        t, I, zero = self.t, self.I, 0 * self.I
         x_t = (1 - t) * I, (1 - t) * I, t * I                            # Eq. (8)
         x_hat = (1 - t) * I, (1 - t) * self.Q, t * I                     # Eq. (25), from (9), (10)
         detail = zero, I - self.Q, zero                                  # x_t - x_hat over 1 - t
-        L = self.U[:, :self.r] @ self.U[:, :self.r].T                    # keeps low frequencies
-        low = tuple(L @ F for F in x_t)
+        low = tuple(self.low @ self.low.T @ F for F in x_t)
         own = tuple(self.P @ F for F in x_t)
         seen = {"DiP": [x_t], "DiT": [x_hat], "both": [x_t, detail], "patch": [own],
                 "patch and low": [own, low], "nothing": [(zero, zero, zero)]}[who]
@@ -195,12 +181,7 @@ class GaussianModel:
         off = tuple(T - K @ F for T, F in zip(self.velocity, self.observation(who)))
         return np.trace(covariance(off, off, self.R)) / len(self.P)
 
-    # Section 6: DiT, Theorem A.6
-
-    @property
-    def sigma_hat(self):
-        """Covariance of x-hat_0 = x_low + Q x_high, the image whose noisy version is x-hat_t"""
-        return self.sigma_low + self.Q @ self.sigma_high @ self.Q
+    # Section 6: the same operator again, and the sums of Eq. (15)
 
     @cached_property
     def hat_modes(self):
@@ -210,66 +191,26 @@ class GaussianModel:
         n, root, _ = np.linalg.svd(np.concatenate([low, self.Q @ high], axis=1))
         return root**2, n
 
-    @property
+    @cached_property
     def dit_by_gains(self):
         """P gain(sigma_hat): each eigenvector of sigma_hat times the gain of its eigenvalue"""
         nu, n = self.hat_modes
         return self.P @ n * gain(nu, self.t) @ n.T
 
-    @property
-    def B(self):
-        """Eq. (14)"""
-        return self.sigma_low + self.sigma_high @ self.Q
-
-    @property
-    def B_hat(self):
-        """Eq. (14)"""
-        return self.t * np.eye(self.d) - (1 - self.t) * self.B
-
-    @cached_property
-    def M_hat(self):
-        """Eq. (14)"""
-        return np.linalg.inv((1 - self.t) ** 2 * self.sigma_hat + self.t**2 * np.eye(self.d))
-
-    @cached_property
-    def dit_operator(self):
-        """P B_hat M_hat of Eq. (12)"""
-        return self.P @ self.B_hat @ self.M_hat
-
     def C(self, as_printed):
         """C_hat_1 + C_hat_2 of Eq. (33), should be B_hat: for t at high frequency, t lam_i."""
-        low, high, t = self.U[:, :self.r], self.U[:, self.r:], self.t
-        first = self.sigma_high if as_printed else high @ high.T
-        return (low * (t - (1 - t) * self.lam[:self.r]) @ low.T
-                + t * first - (1 - t) * self.sigma_high @ self.Q)
-
-    @property
-    def D(self):
-        """D_hat of Eq. (33)"""
-        return (1 - self.t) ** 2 * self.sigma_low + self.t**2 * np.eye(self.d)
-
-    @cached_property
-    def D_inverse(self):
-        return np.linalg.inv(self.D)
-
-    @property
-    def E(self):
-        """E_hat of Eq. (33)"""
-        return (1 - self.t) ** 2 * self.Q @ self.sigma_high @ self.Q
+        first = self.sigma_high if as_printed else self.high @ self.high.T
+        return (self.low * (self.t - (1 - self.t) * self.lam[:self.r]) @ self.low.T
+                + self.t * first - (1 - self.t) * self.sigma_high @ self.Q)
 
     def eq15(self, as_printed):
         """The four sums of Eq. (15), each (p, d): low, high, I_1, I_2.  As printed the second has
         lam_i / t, else 1 / t."""
-        low, high = self.U[:, :self.r], self.U[:, self.r:]
+        low, high = self.low, self.high
         factor = self.lam[self.r:] / self.t if as_printed else 1 / self.t
         both = -(1 - self.t) * self.P @ self.sigma_high @ self.Q @ self.D_inverse
         return (self.P @ low * self.gains[:self.r] @ low.T, self.P @ high * factor @ high.T,
                 both @ low @ low.T, both @ high @ high.T)
-
-    @property
-    def smallness(self):
-        """Spectral norm of D^-1 E: the expansion of Eq. (34) needs it to be small."""
-        return np.linalg.norm(self.D_inverse @ self.E, 2)
 
     # Section 7: a token of k dimensions
 
@@ -278,11 +219,11 @@ class GaussianModel:
         DiP's best guess v* is read from it by W token ("v"), by (x_t - W token) / t ("x"), or by
         G x_t + W token with the patch's own noisy pixels x_t ("skip": a linear skip).  Channels are
         independent."""
-        V, g, t = self.V, self.gains, self.t
-        noisy = (1 - t) ** 2 * self.lam + t**2                          # variances of x_t
-        cov_v = V * cost_unseen(self.lam, t) @ V.T                      # of v*
-        cov_x = V * cost_passed_on(self.lam, t) @ V.T                   # of E[x_0 | x_t] / t
-        cross = V * (g * noisy) @ V.T                                   # of v* and x_t
+        V, t = self.V, self.t
+        noisy = (1 - t) ** 2 * self.lam + t**2                           # variances of x_t
+        cov_v = V * cost_unseen(self.lam, t) @ V.T                       # of v*
+        cov_x = V * cost_passed_on(self.lam, t) @ V.T                    # of E[x_0 | x_t] / t
+        cross = V * (self.gains * noisy) @ V.T                           # of v* and x_t
         cov_rest = cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
         return {name: token_cost(np.repeat(np.linalg.eigvalsh(cov), channels), k)
                 for name, cov in (("v", cov_v), ("x", cov_x), ("skip", cov_rest))}
@@ -290,29 +231,12 @@ class GaussianModel:
     def narrow_input_cost(self, k):
         """What a guess of x_0 loses, over t^2, per value, if of each patch of x_t only the k
         directions are seen in which the images vary most."""
-        x_0, x_t = (np.eye(self.d), np.eye(self.d), 0 * self.Q), self.observation("DiP")
-        keep = np.concatenate([np.linalg.eigh(self.sigma[np.ix_(p, p)])[1][:, -k:].T
-                               @ np.eye(self.d)[p] for p in self.patches])
-        error = [np.trace(best_guess(x_0, tuple(S @ F for F in x_t), self.R)[1])
-                 for S in (keep, np.eye(self.d))]
-        return (error[0] - error[1]) / self.d / self.t**2
-
-
-def token_cost(eigenvalues, k):
-    """The least that a token of k dimensions loses, per value: the sum of all but the k largest
-    eigenvalues of the covariance of what it must hold, over their number; over the last axis."""
-    p = eigenvalues.shape[-1]
-    return np.sort(eigenvalues)[..., :max(0, p - k)].sum(axis=-1) / p
-
-
-def cost_unseen(lam, t):
-    """What it costs to know nothing of a frequency: the variance of v*, gain^2 Var(x_t)"""
-    return (t - (1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2)
-
-
-def cost_passed_on(lam, t):
-    """The same if x_t / t is passed on, so that only E[x_0 | x_t] / t is missing"""
-    return ((1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2) / t**2
+        x_0 = self.I, self.I, 0 * self.I
+        keep = np.concatenate([np.linalg.eigh(self.sigma[np.ix_(p, p)])[1][:, -k:].T @ self.I[p]
+                               for p in self.patches])
+        some, all_seen = (np.trace(best_guess(x_0, tuple(
+            S @ F for F in self.observation("DiP")), self.R)[1]) for S in (keep, self.I))
+        return (some - all_seen) / self.d / self.t**2
 
 
 def two_pixels(t=0.5):

@@ -38,14 +38,11 @@ def moments(batches):
     return total
 
 
-def covariance(total):
-    """From these sums"""
+def spectrum(total):
+    """(eigenvalues, eigenvectors) of the covariance, from these sums"""
     mean = total[0, 1:] / total[0, 0]
-    return total[1:, 1:] / total[0, 0] - np.outer(mean, mean)
-
-
-def eigenvalues(total):
-    return np.maximum(np.linalg.eigvalsh(covariance(total)), 0)          # rounding may give -1e-15
+    lam, U = np.linalg.eigh(total[1:, 1:] / total[0, 0] - np.outer(mean, mean))
+    return np.maximum(lam, 0), U                             # rounding may give -1e-15
 
 
 def photos(path, native):
@@ -62,30 +59,27 @@ def of_photos(path, kind, side):
     """Prints how far the bounds are apart that either half of the photos gives."""
     halves = [moments(cut(photo, side) for i, photo in enumerate(photos(path, kind == "native"))
                       if i % 2 == half) for half in (0, 1)]
-    bounds = [[token_cost(cost_unseen(values, t), k) for t in SHAPES_TIMES
-               for k in (384, 768, 1152)] for values in map(eigenvalues, halves)]
+    bounds = [[token_cost(cost_unseen(lam, t), k) for t in SHAPES_TIMES for k in (384, 768, 1152)]
+              for lam, _ in map(spectrum, halves)]
     apart = np.abs(np.subtract(*bounds)).max()
     print(f"photos, {kind}, {side} x {side}: {sum(halves)[0, 0]:.0f} patches; bounds from two "
           f"halves are up to {apart:.4f} apart")
-    return eigenvalues(sum(halves))
+    return spectrum(sum(halves))[0]
 
 
 def of_shapes(number=50_000, size=32, sides=(4, 8)):
     """{name: (2, times, 3 side^2)}"""
-    from train import ShapesData             # only here: the rest of this folder stands alone
-    images = ShapesData(size)
-    lam, U = np.linalg.eigh(covariance(moments(
-        np.stack([images[i][0].ravel() for i in range(start, start + 1000)])
-        for start in range(0, number, 1000))))
-    lam, found = np.maximum(lam, 0), {}
+    from train import Shapes                 # only here: the rest of this folder stands alone
+    images, found = Shapes(size), {}
+    lam, U = spectrum(moments(np.stack([images[i][0].ravel() for i in range(start, start + 1000)])
+                              for start in range(0, number, 1000)))
     for side in sides:
         patches = cut(np.arange(len(lam)).reshape(size, size, 3), side)
-        for t in SHAPES_TIMES:
-            guesses = [U[pixels] * cost_unseen(lam, t) @ U[pixels].T for pixels in patches]
-            found.setdefault(f"shapes_{side}", []).append([
-                np.linalg.eigvalsh(guesses).mean(axis=0),
-                np.linalg.eigvalsh(np.mean(guesses, axis=0))])
-    return {name: np.swapaxes(values, 0, 1) for name, values in found.items()}
+        guesses = [[U[pixels] * cost_unseen(lam, t) @ U[pixels].T for pixels in patches]
+                   for t in SHAPES_TIMES]
+        found[f"shapes_{side}"] = np.array([np.linalg.eigvalsh(guesses).mean(axis=1),
+                                            np.linalg.eigvalsh(np.mean(guesses, axis=1))])
+    return found
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ shapes and on photographs.  Costs are squared errors in v beyond that of v*, per
 """
 
 import json
+from bisect import bisect_left
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import brentq
 
 from theory.model import GaussianModel, cost_unseen, image_basis, image_decay, token_cost
 
-# -------------------------------------------------------------------------------------------------
-# Gaussian images
+SHAPES_TIMES = np.arange(1, 20) / 20         # every other one is the middle of a tenth of t
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+TRAINED = {(16, 4): ("crossover", "16 of 48"), (36, 4): ("crossover", "36 of 48"),
+           (96, 8): ("short", "narrow, shapes"), (48, 4): ("crossover", "48 of 48")}
 
 
 @cache
@@ -32,19 +34,12 @@ def gaussian_costs(k, t, alpha=1.5):
 
 def x_cheaper_from(alpha, k=32):
     """The t from which on x_0 costs less than v"""
-    def difference(t):
+    def is_cheaper(t):
         costs = gaussian_costs(k, t, alpha)
-        return costs["x"] - costs["v"]
-    return brentq(difference, 0.01, 0.7, xtol=1e-4)
+        return costs["x"] < costs["v"]
 
-
-# -------------------------------------------------------------------------------------------------
-# Shapes and photographs: bounds from covariances, which theory/patches.py has computed
-
-SHAPES_TIMES = np.arange(1, 20) / 20         # every other one is the middle of a tenth of t
-RESULTS = Path(__file__).parents[1] / "experiments" / "results"
-TRAINED = {(16, 4): ("crossover", "16 of 48"), (36, 4): ("crossover", "36 of 48"),
-           (96, 8): ("short", "narrow, shapes"), (48, 4): ("crossover", "48 of 48")}
+    times = np.arange(10, 700) / 1000
+    return times[bisect_left(times, True, key=is_cheaper)]
 
 
 @cache
@@ -63,10 +58,9 @@ def measured_gain(k, side):
     """(10,): loss without a head less loss with the U-Net head, by tenths of t, mean over seeds"""
     name, group = TRAINED[k, side]
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    without, with_head = (np.mean([row["loss_by_t"] for row in rows
-                                   if (row["group"], row["model"]) == (group, model)
-                                   and row["seed"] < 3], axis=0)         # 9 chose the rates
-                          for model in ("no head", "U-Net"))
+    without, with_head = (np.mean([row["loss_by_t"] for row in rows if row["seed"] < 3
+                                   and (row["group"], row["model"]) == (group, model)], axis=0)
+                          for model in ("no head", "U-Net"))             # seed 9 chose the rates
     return without - with_head
 
 
