@@ -248,7 +248,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
         stop = total(len(signals)) > 0                       # a signal to one rank stops all
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
-        if save or sample or done % options.log_every == 0:              # at a save too: resume at a new line
+        if save or sample or done % options.log_every == 0:  # at a save too: a resumed log is whole
             sums = total(sums)
             if rank == 0 and sums.any():                     # some update was not skipped
                 line = mean_losses(sums)

@@ -12,7 +12,7 @@ from functools import partial
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dip import DiP, DiPConfig, FinalLayer, PatchDetailerHead, patchify, unpatchify
+from dip import PRESETS, DiP, DiPConfig, FinalLayer, PatchDetailerHead, patchify, unpatchify
 from experiments import features, gaussian, overfit, samplers, toy
 from experiments.lab import Drawn
 from theory.model import gain
@@ -84,19 +84,22 @@ class LinearPath(nn.Module):
 
 
 class Both(nn.Module):
-    """DiT's own last layer and a head, added; both give 0 at first."""
+    """A last layer and a head, added; the head and DiT's last layer give 0 at first."""
 
-    def __init__(self, config):
+    def __init__(self, config, plain=FinalLayer):
         super().__init__()
-        self.plain, self.detailer = FinalLayer(config), PatchDetailerHead(config)
-        zero(self.plain.linear, self.detailer.head.out)
+        self.plain, self.detailer = plain(config), PatchDetailerHead(config)
+        zero(self.detailer.head.out)
+        if plain is FinalLayer:
+            zero(self.plain.linear)
 
     def forward(self, *inputs):
         return self.plain(*inputs) + self.detailer(*inputs)
 
 
 OUTPUTS = {"linear path": LinearPath, "linear path, head": partial(LinearPath, as_head=True),
-           "U-Net + last layer": Both}
+           "U-Net + last layer": Both,
+           "U-Net + linear path": partial(Both, plain=partial(LinearPath, as_head=True))}
 
 
 def build(name, config):
@@ -156,9 +159,27 @@ SHORT = PLACES | {"no head, predicts x": 6e-3, "coordinate": 6e-3} | dict.fromke
     "MLP", "attention", "U-Net on the image", "U-Net, predicts x", "U-Net, last layer from 0",
     "U-Net, random upsampling", "U-Net, PyTorch's default"), 3e-3)
 
+# candidates for the small preset: (model, steps in ten minutes of CPU time, what is different)
+OLD = dict(patch_size=16, hidden_size=192, num_heads=6, head_width=8, head_depth=4)
+W192 = dict(hidden_size=192, num_heads=6)
+RECIPES = {
+    "DiP-Nano/8": ("U-Net", 3023, {}, {}),
+    "96 wide": ("U-Net", 3770, dict(hidden_size=96, num_heads=3), {}),
+    "a linear path too, predicts v": ("U-Net + linear path", 2462, dict(prediction="v"), {}),
+    "192 wide": ("U-Net", 2045, W192, {}),
+    "192 wide, 8 channels": ("U-Net", 2370, dict(W192, head_width=8), {}),
+    "192 wide, 2 stages": ("U-Net", 2255, dict(W192, head_depth=2), {}),
+    "192 wide, a linear path too, predicts v": (
+        "U-Net + linear path", 2242, dict(W192, prediction="v"), {}),
+    "before: DiP-Nano/16": ("U-Net", 4593, OLD, dict(time_mean=0.8))}
+
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
     "paths": {f"{base.hidden_size} wide, {data}": models(base, PATHS, data, (2000,), cooldown=0.3)
               for data in ("shapes", "photos") for base in (NARROW, WIDE)},
+    "recipes": {title: {name: Model(
+        PRESETS["DiP-Nano/8"].replace(**changes), build=partial(build, name), steps=(steps,),
+        training=dict(cooldown=0.3, time_mean=0.4) | training)}
+        for title, (name, steps, changes, training) in RECIPES.items()},
     "crossover": {f"{D} of 48": models(PATCHES[4].replace(hidden_size=D, num_heads=num_heads),
                                        {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))
                   for D, num_heads in ((16, 1), (36, 3), (48, 3), (72, 3), (144, 6))},
