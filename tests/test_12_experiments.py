@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,13 +59,11 @@ def test_psnr_of_an_error_of_one_level_is_48_decibel():
 
 def test_the_probe_recognises_new_points_of_separate_classes_and_guesses_mixed_ones():
     """Fails if it is judged on the points that it was fitted to."""
-    rng = np.random.default_rng(0)
-    y, y_new = np.arange(300) % 3, np.arange(3000) % 3
+    rng, y, y_new = np.random.default_rng(0), np.arange(300) % 3, np.arange(3000) % 3
+    noise, noise_new = rng.standard_normal((300, 5)), rng.standard_normal((3000, 5))
     corners = np.eye(5)[:3] * 9
-    x, x_new = (corners[k] + rng.standard_normal((len(k), 5)) for k in (y, y_new))
-    assert features.probe(x, y, x_new, y_new) > 0.99
-    nothing, nothing_new = rng.standard_normal((300, 5)), rng.standard_normal((3000, 5))
-    assert features.probe(nothing, y, nothing_new, y_new) == pytest.approx(1 / 3, abs=0.05)
+    assert features.probe(corners[y] + noise, y, corners[y_new] + noise_new, y_new) > 0.99
+    assert features.probe(noise, y, noise_new, y_new) == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_the_loss_of_detail_is_that_of_small_times(monkeypatch, tmp_path):
@@ -75,8 +72,7 @@ def test_the_loss_of_detail_is_that_of_small_times(monkeypatch, tmp_path):
     sums[0, :4], sums[2, :4] = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 1, 4, 5])
     monkeypatch.setattr(train, "validate", lambda *_, **settings: sums)
     found = Lab(options(tmp_path)).losses(Model(WIDE), dip.DiP(SMALL))
-    assert found["detail"] == 1
-    assert found["loss"] == pytest.approx(106 / 11)
+    assert found["detail"] == 1 and found["loss"] == pytest.approx(106 / 11)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +159,10 @@ def test_the_scalar_path_is_the_best_guess_from_one_pixel():
 def test_head_beside_the_last_layer_starts_at_zero_and_is_the_sum_of_both():
     net, x, v = run_model("U-Net + last layer")
     assert not v.any()
-    output = net.output
-    for layer in (output.plain.linear, output.detailer.head.out):
+    both, parts = net.output, []
+    for layer in (both.plain.linear, both.detailer.head.out):
         torch.nn.init.normal_(layer.weight)
-    parts = []
-    for net.output in (output, output.plain, output.detailer):
+    for net.output in (both, both.plain, both.detailer):
         parts.append(net(x, torch.ones(2), torch.zeros(2, dtype=torch.long)))
     torch.testing.assert_close(parts[0], parts[1] + parts[2], rtol=1e-4, atol=1e-4)
 
@@ -268,6 +263,14 @@ def test_photos_are_counted(tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / split / "cats" / "a.png")
     with pytest.raises(ValueError, match="must have train/ and val/ of 10 classes"):
         Lab(options(tmp_path, photos=tmp_path, quick=False)).data("photos", 32)
+
+
+def test_recognise_judges_the_samples_of_a_checkpoint(tmp_path, monkeypatch):
+    """Catches a call that loading or sampling no longer takes."""
+    monkeypatch.setattr(lab, "Judge", lambda *_: SimpleNamespace(measure=lambda images, P: (
+        images.shape, P)))
+    _, found = Lab(options(tmp_path)).recognise(ROOT / "assets" / "dip-nano.pt")
+    assert found == ((20, 48, 48, 3), 16)
 
 
 def test_python_sample_py_does_not_draw_with_the_newest_experiment():
