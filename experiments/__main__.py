@@ -6,7 +6,7 @@ The paper's questions at laptop scale.
     python -m experiments heads --run --photos IMAGES        # first train what is missing
     python -m experiments --page                # write the tables of README.md
     python -m experiments --quick               # a smoke run of all, which leaves nothing
-    python -m experiments --recognise           # judge samples of our weights, or the newest run
+    python -m experiments --measure             # loss and samples of our weights, or the newest run
 """
 
 import json
@@ -37,7 +37,7 @@ def parse(argv=None):
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--page", action="store_true", help="write the tables of README.md")
     add("--quick", action="store_true", help="a smoke run, which leaves nothing")
-    add("--recognise", nargs="?", const="", metavar="CKPT", help="judge samples of drawn classes")
+    add("--measure", nargs="?", const="", metavar="CKPT", help="measure a model of drawn shapes")
     options = parser.parse_args(argv)
     for name in options.names:
         check_choice("experiment", name, EXPERIMENTS)
@@ -85,8 +85,8 @@ def fill(page):
 def main():
     options, pictures = parse(), ASSETS
     plt.switch_backend("Agg")
-    if options.recognise is not None:
-        return print(*Lab(options).recognise(options.recognise or None))
+    if options.measure is not None:
+        return print(*Lab(options).measure(options.measure or None))
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
             options.run, options.runs, options.results, pictures = True, scratch, scratch, scratch

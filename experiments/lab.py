@@ -31,6 +31,7 @@ from torch.utils.data import Subset, default_collate
 from tqdm import tqdm
 
 import train
+from dip import DiP
 from experiments.report import RATE_SEED, SEEDS, find, rates_of
 from experiments.speed import cost
 from fid import frechet_distance
@@ -169,15 +170,14 @@ class Lab:
         judge = self.judge(model.data, model.config.image_size)
         return judge.measure(np.concatenate(images), model.config.patch_size)
 
-    def recognise(self, given):
-        """Every measure of samples of a checkpoint, guided as `python sample.py` does it."""
+    def measure(self, given):
+        """Every measure of a checkpoint of the drawn shapes."""
         path = find_checkpoint(given)
         net, info = load_model(path, self.device)
         if info["classes"] != train.Shapes.classes:
             raise ValueError(f"{path} was not trained on the drawn shapes")
-        model = SimpleNamespace(data="shapes", config=net.config)
-        return path, self.judge_samples(model, net, sampler="euler", steps=100, cfg=2.9,
-                                        interval=(0.03, 0.89))
+        model = SimpleNamespace(data="shapes", config=net.config, build=DiP)
+        return path, self.losses(model, net) | self.judge_samples(model, net)
 
     def losses(self, model, net):
         """Of held-out images; and the size of the model."""

@@ -265,12 +265,12 @@ def test_photos_are_counted(tmp_path):
         Lab(options(tmp_path, photos=tmp_path, quick=False)).data("photos", 32)
 
 
-def test_recognise_judges_the_samples_of_a_checkpoint(tmp_path, monkeypatch):
+def test_measure_measures_a_checkpoint(tmp_path, monkeypatch):
     """Catches a call that loading or sampling no longer takes."""
-    monkeypatch.setattr(lab, "Judge", lambda *_: SimpleNamespace(measure=lambda images, P: (
-        images.shape, P)))
-    _, found = Lab(options(tmp_path)).recognise(ROOT / "assets" / "dip-nano.pt")
-    assert found == ((20, 48, 48, 3), 16)
+    monkeypatch.setattr(lab, "Judge", lambda *_: SimpleNamespace(
+        measure=lambda images, P: dict(shape=images.shape, P=P)))
+    _, found = Lab(options(tmp_path)).measure(ROOT / "assets" / "dip-nano.pt")
+    assert (found["shape"], found["P"]) == ((20, 48, 48, 3), 8) and 0 < found["loss"] < 1
 
 
 def test_python_sample_py_does_not_draw_with_the_newest_experiment():
