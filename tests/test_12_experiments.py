@@ -305,7 +305,8 @@ def test_every_experiment_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_seed_is_left_out_and_no_row_is_of_an_unknown_model(name):
-    """Fails if rows were picked; seeds may be missing only where the page says "partial"."""
+    """Fails if rows were picked; seeds may be missing only where the page says "partial".  Of the
+    recipes, most have one seed."""
     seeds = {}
     for row in read_rows(name):
         model = EXPERIMENTS[name][row["group"]][row["model"]]
@@ -313,8 +314,11 @@ def test_no_seed_is_left_out_and_no_row_is_of_an_unknown_model(name):
             continue
         assert row["steps"] in model.steps and row.get("lr", model.lr) == (model.lr or row["lr"])
         seeds.setdefault((row["group"], row["model"], row["steps"]), set()).add(row["seed"])
-    if not (name == "paths" and "partial" in PAGE):
-        assert set(map(frozenset, seeds.values())) == {frozenset((0, 1, 2))}
+    if name == "recipes":
+        assert all(found in ({0}, {0, 1, 2}) for found in seeds.values())
+    elif not (name == "paths" and "partial" in PAGE):
+        assert all(found == {0, 1, 2} for found in seeds.values())
+    if name != "paths" or "partial" not in PAGE:
         assert {place[:2] for place in seeds} == {
             (group, model) for group, found in EXPERIMENTS[name].items() for model in found}
 
