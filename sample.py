@@ -271,7 +271,7 @@ def save_picture(path, frames):
     kind, animation = ("PNG", {}) if len(frames) == 1 else ("GIF", dict(
         save_all=True, append_images=frames[1:], loop=0,
         duration=[100] * (len(frames) - 1) + [2500]))
-    save_atomically(path, lambda partial: frames[0].save(partial, kind, **animation))
+    save_atomically(path, lambda file: frames[0].save(file, kind, **animation))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def main():
         compile_blocks(model)
     if rank == 0:
         if options.ckpt == str(OUR_WEIGHTS):
-            print("the small weights that come with the code; `python train.py` makes your own")
+            print("the small model's weights in assets/; `python train.py` makes your own")
         print(f"{options.ckpt}: step {info['step']}, {'EMA' if options.ema else 'last'} weights; "
               f"{options.sampler}, {options.steps} steps, cfg {options.cfg} for t in "
               f"{list(options.interval)}, seed {options.seed}")
@@ -425,7 +425,7 @@ def main():
         rounded = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
         preset = {"model": info["options"].get("model", "")}             # for --init's recipe
         state = {**info, "ema": rounded, "options": preset}
-        save_atomically(options.save_weights, lambda partial: torch.save(state, partial))
+        save_atomically(options.save_weights, lambda file: torch.save(state, file))
         print(f"wrote {options.save_weights}: the weights as bfloat16")
     elif options.num_samples:
         export(model, options)
@@ -475,7 +475,7 @@ def load_model(path, device="cpu", ema=True):
                         classes=list(known) or numbers, names=list(known.values()) or numbers)
         with torch.device("meta"):
             model = DiP(config)                              # shapes alone, no memory
-        weights = {name: weight.to(device, torch.float32, copy=True)         # leaves the file
+        weights = {name: weight.to(device, torch.float32, copy=True)         # the file may go
                    for name, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
         check_finite(weights)
@@ -521,7 +521,7 @@ def newest_intact(folder, verify=False):
                     raise ValueError("a checksum is wrong")
             return path
         except (ValueError, FileNotFoundError) as error:     # damaged, or dropped meanwhile
-            print(f"warning: {error}; skipped")
+            print(f"warning: {error}; skipped", file=sys.stderr)
     if paths:
         raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
 
@@ -551,7 +551,7 @@ def read_file(path):
 
 
 def imagenet_names():
-    """{wnid: readable name} of the 1000 classes in their usual order, that of the sorted wnids."""
+    """{wnid: readable name} of the 1000 classes in ImageNet's order: sorted by wnid."""
     lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
     return dict(line.split(" ", 1) for line in lines)
 
@@ -587,7 +587,7 @@ def compile_blocks(model):
 
 @contextmanager
 def if_supported(risk):
-    """Inside, only warn of the risk where the file system lacks a service."""
+    """Turn "not supported by this file system" into a warning of the risk."""
     try:
         yield
     except OSError as error:
@@ -607,18 +607,18 @@ def save_atomically(path, write):
     """Call write(temporary path), then rename: a half-written file never has this name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        write(partial)
-        with partial.open("r+b") as file:
+        write(temporary)
+        with temporary.open("r+b") as file:
             sync(file)                       # its bytes are on the disk before its name is
-        os.replace(partial, path)
+        os.replace(temporary, path)
     except RuntimeError as error:            # how torch.save reports a full disk
         if "DataLoader" in str(error):       # a loader was killed meanwhile
             raise
         raise OSError(f"{path} could not be written; is the disk full? ({error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -765,7 +765,7 @@ def run(main):
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if hasattr(signal, "SIGCHLD"):       # torch raises here what a killed loader means
+        if hasattr(signal, "SIGCHLD"):       # or a killed loader raises a second error
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if line := explain(error):
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)

@@ -13,7 +13,7 @@ depend on (seed, k) and the kind of device alone, not on the number of processes
 workers; results agree up to the order of sums.  A run writes ckpt-*.pt, log.jsonl, loss.png and
 samples-*.png into --out, which all nodes must share.  On SIGTERM or Ctrl-C it finishes the step,
 saves and exits; give torchrun --shutdown-timeout 300 for large models.  An update with a gradient
-that is not finite is skipped.  In --help, [a; b] means b for DiP-Nano/8, a for other presets.
+that is not finite is skipped.  In --help, [a; b] are defaults: b for DiP-Nano/8, a for others.
 """
 
 import copy
@@ -56,7 +56,6 @@ from sample import (Parser, autocast, blocks_of, check_finite, compile_blocks, d
 PAPER = dict(steps=1_600_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0.0,
              time_mean=0.0)                  # Table 4; steps: 320 epochs of ImageNet
 NANO = dict(steps=3000, batch_size=16, lr=3e-3, warmup=50, cooldown=0.3, time_mean=0.4)
-RECIPES = {"DiP-Nano/8": NANO}           # every other preset: the paper's
 
 
 def parse(argv=None):
@@ -75,7 +74,8 @@ def parse(argv=None):
         help="the encoder's torch.hub repository")
     add("--repa-source", default="github", choices=("github", "local"), help="local: a folder")
     add("--steps", type=number(int, 1), help="updates [1600000; 3000]")
-    add("--batch-size", type=number(int, 1), help="images per update, over all processes [256; 16]")
+    add("--batch-size", type=number(int, 1),
+        help="images per update, over all processes [256; 16, fewer above 64 pixels]")
     add("--micro-batch", type=number(int, 1), help="images at once per process [at most 32]")
     add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
     add("--warmup", type=number(int, 0), help="steps over which lr rises [0; 50]")
@@ -100,9 +100,9 @@ def parse(argv=None):
 
 
 def configure(options, device, inherited=None):
-    """Fill in the options left open; returns the DiPConfig, except num_classes and repa_dim.
+    """Fill in the options left open.  Returns the DiPConfig; main() adds num_classes and repa_dim.
 
-    inherited: (DiPConfig, preset) of --init, which come before the default preset.
+    inherited: (DiPConfig, preset) of --init; they replace the default preset.
     """
     large, world = device.type == "cuda" and options.data, dist.get_world_size()
     default = "DiP-XL/16" if large else "DiP-Nano/8"
@@ -123,14 +123,15 @@ def configure(options, device, inherited=None):
     if changes.get("head", config.head) != config.head:      # another head has its own default size
         changes = {"head_width": 0, "head_depth": 0, **changes}
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
-    recipe = dict(RECIPES.get(name, PAPER))
-    if name in RECIPES and config.image_size > 64:           # fewer images: steps stay short
+    recipe = dict(NANO if name == "DiP-Nano/8" else PAPER)
+    if name == "DiP-Nano/8" and config.image_size > 64:      # fewer images: steps stay short
         images = max(4, 16 * 64**2 // config.image_size**2)
         recipe["batch_size"] = images + -images % world      # a multiple of the processes
     steps = options.steps or recipe["steps"]
     recipe["warmup"] = min(recipe["warmup"], steps // 10)
     every = min(10_000, max(250, steps // 5))
-    words = filter(None, [options.init and "init", name, *options.set, str(config.image_size)])
+    start = options.init and f"init-{Path(options.init).stem}"
+    words = filter(None, [start, name, *options.set, str(config.image_size)])
     folder = "runs/" + re.sub(r"[^\w.-]+", "-", "-".join(words))
     defaults = dict(recipe, image_size=config.image_size, sample_every=every, save_every=every,
                     workers=8 if large else 0, out=folder)
@@ -176,7 +177,7 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
         t = logit_normal_time(z, options.time_mean)                      # (B,)
         y = drop_labels(y, u, config.num_classes, options.label_dropout)
 
-        net.require_backward_grad_sync = i == count - 1      # DDP sums the gradients once a step
+        net.require_backward_grad_sync = i == count - 1      # DDP averages them once a step
         with autocast(device):
             features = encoder(x_0) if encoder else None                 # (B, repa_dim, h, w)
             flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)         # (B,) each
@@ -221,7 +222,7 @@ def by_time(t, flow, repa):
 # -------------------------------------------------------------------------------------------------
 # The run
 
-MAX_SKIPPED = 10         # updates in a row that may be not finite
+MAX_SKIPPED = 10         # so many skipped updates in a row end the run
 
 
 def fit(model, options, data, val_data=None, encoder=None, signals=()):
@@ -236,7 +237,8 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
     if rank == 0:
         write_log(out, step=first, options=vars(options), config=asdict(model.config))
     bar = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0)
-    sums, since, clock, done, skipped = torch.zeros(3, BINS), first, time.time(), first, 0
+    done = since = first                     # steps done; steps at the last line of the log
+    sums, skipped, clock = torch.zeros(3, BINS), 0, time.time()
     for step in bar:
         losses, norm = training_step(net, ema, optimizer, batches, step, options, encoder)
         done, last = step + 1, step + 1 == options.steps
@@ -248,7 +250,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
         stop = total(len(signals)) > 0                       # a signal to one rank stops all
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
-        if save or sample or done % options.log_every == 0:  # at a save too: a resumed log is whole
+        if save or sample or done % options.log_every == 0:  # at each save, or a resume loses some
             sums = total(sums)
             if rank == 0 and sums.any():                     # some update was not skipped
                 line = mean_losses(sums)
@@ -267,7 +269,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
             clock = time.time()                              # speed: of training alone
         if stop:
             break
-    dist.barrier()                                           # no rank exits before it is saved
+    dist.barrier()                                           # no rank exits before rank 0 has saved
     return ema, done
 
 
@@ -297,8 +299,9 @@ def save_checkpoint(model, ema, optimizer, options, data, step):
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  step=step, config=asdict(model.config), options=vars(options),
                  run=identity(model, options, data), classes=data.classes, names=data.names)
-    save_atomically(path, lambda partial: torch.save(state, partial))
-    saved = [file for file in sorted(path.parent.glob("ckpt-*.pt")) if file <= path]
+    save_atomically(path, lambda file: torch.save(state, file))
+    saved = [file for file in sorted(path.parent.glob("ckpt-*.pt"))
+             if file <= path]                # later ones are damaged: the run resumed before them
     for old in saved[:-options.keep]:
         old.unlink(missing_ok=True)
 
@@ -326,7 +329,7 @@ def resume(model, ema, optimizer, options, data):
             raise ValueError("; ".join(differ))
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        moments = copy.deepcopy(state["optimizer"]["state"])             # leaves the mapped file
+        moments = copy.deepcopy(state["optimizer"]["state"])             # a copy, not mapped
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         step, old = state["step"], state["options"]
     on_rank_0(clean, out, step)
@@ -343,7 +346,11 @@ def clean(out, step):
     for path in out.glob(".*.partial"):
         path.unlink()
     kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
-    save_atomically(out / "log.jsonl", lambda partial: partial.write_text(kept))
+    save_atomically(out / "log.jsonl", lambda file: file.write_text(kept))
+
+
+ENDING_SIGNALS = [getattr(signal, name) for name in (        # sent by terminals and schedulers
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)]
 
 
 @contextmanager
@@ -355,7 +362,7 @@ def noted_signals():
     def note(number, _):
         if time.monotonic() - noted.setdefault(number, time.monotonic()) > 1:
             os._exit(128 + number)
-        os.write(2, b"\nstopping: finishing the step and saving first\n")        # print is not safe
+        os.write(2, b"\nstopping: finishing the step and saving first\n")  # print is not safe here
 
     handlers = {number: signal.signal(number, note) for number in ENDING_SIGNALS
                 if signal.getsignal(number) is not signal.SIG_IGN}       # nohup ignores SIGHUP
@@ -365,9 +372,6 @@ def noted_signals():
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-
-ENDING_SIGNALS = [getattr(signal, name) for name in (        # sent by terminals and schedulers
-    "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)]
 
 
 def report_skipped(out, step, norm, skipped):
@@ -382,8 +386,8 @@ def report_skipped(out, step, norm, skipped):
 
 
 def start_from(model, given, path):
-    """Copy the weights of --init.  A label table of another size stays new, except for the null
-    class; so does a projector of REPA for another encoder."""
+    """Copy the weights of --init.  If the number of classes differs, the label table is new except
+    for its null class.  If the width of REPA's features differs, so is the projector."""
     fresh, weights = model.state_dict(), given.state_dict()
     if given.config.num_classes != model.config.num_classes:
         fresh["label.weight"][-1] = weights.pop("label.weight")[-1]
@@ -412,8 +416,8 @@ def mean_losses(sums, prefix=""):
 
 @torch.no_grad()
 def validate(model, data, batch=50, limit=500):
-    """Sums of by_time() over `limit` validation images with fixed noise.  t is logit-normal around
-    0 whatever --time-mean, so that runs can be compared."""
+    """Sums of by_time() over at most `limit` validation images with fixed noise.  t is logit-normal
+    around 0 whatever --time-mean, so that runs can be compared."""
     device, count = next(model.parameters()).device, min(limit, len(data))
     examples, losses = Examples(data, 0, "val"), torch.zeros(3, BINS)
     for start in tqdm(range(0, count, batch), "validating", leave=False):
@@ -442,7 +446,7 @@ def write_pictures(out, step, ema, data, val_data, options):
                                 options.seed, sampler="ab2", steps=steps, cfg=2.0))
               for k, c in enumerate(tqdm(classes, "sampling", leave=False))]
     picture = draw_grid(np.concatenate(images), [data.names[c] for c in classes])
-    save_atomically(out / f"samples-{step:08d}.png", lambda partial: picture.save(partial, "PNG"))
+    save_atomically(out / f"samples-{step:08d}.png", lambda file: picture.save(file, "PNG"))
     draw_losses(out, options.time_mean)
 
 
@@ -578,7 +582,7 @@ class ImageFolder:
                 (len(splits) > 1, f"splits where classes should be: {', '.join(splits.values())}"),
                 (loose and folders, f"images beside folders: {', '.join(loose[:1] + folders[:1])}"),
                 (empty, f"folders without images: {', '.join(sorted(empty)[:5])}"),
-                (numbered, f"numbered folders, which are no classes: {', '.join(folders[:3])}"),
+                (numbered, f"numbered folders, which look like shards: {', '.join(folders[:3])}"),
                 (nested, f"one folder of folders, {''.join(folders[:1])}: give that one itself?")):
             if holds:
                 raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
@@ -643,7 +647,8 @@ class Encoder:
     """REPA's frozen teacher: a vision transformer from torch.hub with the interface of DINOv2."""
 
     def __init__(self, name, repo, source, device):
-        mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's, DINOv2
+        # ImageNet's, as DINOv2 expects
+        mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
         self.mean, self.std = torch.tensor(mean_and_std, device=device)[:, :, None, None]
         try:
             net = torch.hub.load(repo, name, source=source)
@@ -654,7 +659,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, x_0):
-        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w): one feature for 16 x 16 pixels"""
+        """x_0 (B, 3, H, W) in [-1, 1] -> (B, dim, h, w): one feature per 16 x 16 pixels"""
         h, w = (max(1, round(side / 16)) for side in x_0.shape[-2:])
         P = self.net.patch_size
         x = F.interpolate((x_0 + 1) / 2, size=(h * P, w * P), mode="bicubic", antialias=True)
@@ -704,8 +709,6 @@ def main():
                   f"{options.image_size} x {options.image_size}, classes: {len(data.classes)}\n"
                   f"{options.steps} steps of {options.batch_size} images, {options.micro_batch} at "
                   f"a time on each process, into {out}")
-            if options.data and options.model in RECIPES:
-                print(f"{options.model} is small, for a CPU; --model chooses another")
         _, done = fit(model, options, data, val_data, encoder, signals)
     if done < options.steps:
         if rank == 0:
@@ -720,8 +723,8 @@ def main():
 
 # -------------------------------------------------------------------------------------------------
 # Drawn shapes: data without a download.  A class is a shape that spans many patches, filled with a
-# texture finer than a patch.  Every shape comes with two textures and every texture on two shapes,
-# so neither the global structure nor the local detail alone tells the class.
+# texture that repeats 4 to 8 times across the image.  Every shape comes with two textures and every
+# texture on two shapes, so neither global structure nor local detail alone tells the class.
 
 SHAPES = ("disc", "ring", "triangle", "cross", "star")
 TEXTURES = ("striped", "checked", "dotted", "zigzag", "gridded")

@@ -526,7 +526,7 @@ def test_without_a_run_our_own_weights_are_used_and_the_command_says_so(
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     monkeypatch.setattr(sample, "OUR_WEIGHTS", ours)
     run(monkeypatch, sample, "--class 1 --per-class 1")
-    assert "the small weights that come with the code" in capsys.readouterr().out
+    assert "the small model's weights in assets/" in capsys.readouterr().out
     (model, info), (before, same) = load_model(ours), load_model(trained)
     for name, weight in before.state_dict().items():
         assert torch.equal(weight.bfloat16().float(), model.state_dict()[name])

@@ -372,9 +372,8 @@ def test_a_damaged_newest_checkpoint_is_skipped(monkeypatch, capsys, six, four, 
         newest if damage is flipped else four / "ckpt-00000003.pt")
     capsys.readouterr()
     run(monkeypatch, train, six.command, f"--out {four}")
-    text = capsys.readouterr().out
-    assert f"warning: {newest} is " in text and "; skipped" in text
-    assert "resumed at step 3" in text
+    out, err = capsys.readouterr()
+    assert f"warning: {newest} is " in err and "; skipped" in err and "resumed at step 3" in out
     assert_same_run(six.whole, four)
 
 
