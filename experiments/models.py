@@ -165,6 +165,7 @@ W192 = dict(hidden_size=192, num_heads=6)
 RECIPES = {
     "DiP-Nano/8": ("U-Net", 3023, {}, {}),
     "96 wide": ("U-Net", 3770, dict(hidden_size=96, num_heads=3), {}),
+    "predicts v": ("U-Net", 3285, dict(prediction="v"), {}),
     "a linear path too, predicts v": ("U-Net + linear path", 2462, dict(prediction="v"), {}),
     "192 wide": ("U-Net", 2045, W192, {}),
     "192 wide, 8 channels": ("U-Net", 2370, dict(W192, head_width=8), {}),
