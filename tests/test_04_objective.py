@@ -106,7 +106,8 @@ def test_features_in_low_precision_are_compared_in_float32():
 
 @pytest.mark.parametrize("depth", [1, 8, 9])
 def test_alignment_trains_the_blocks_up_to_the_eighth_and_no_later_one(depth):
-    """As in the release, whose loss is flow + 0.5 repa.  A short network aligns its last block."""
+    """As in the release, whose loss is flow + 0.5 repa.  A short network aligns its last block.
+    Catches tokens that are aligned only after detail was injected."""
     assert (REPA_BLOCK, REPA_WEIGHT) == (8, 0.5)
     config = SMALL.replace(depth=depth, repa_dim=6)
     model = awake(config)
@@ -116,6 +117,10 @@ def test_alignment_trains_the_blocks_up_to_the_eighth_and_no_later_one(depth):
     moved = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters())
              for block in model.blocks]
     assert moved == [k < 8 for k in range(depth)]
+    model = awake(config.replace(depth=depth + 1, placement="hybrid"))
+    model.repa_after = model.inject_after                    # as with 16 blocks: no detail yet
+    flow_matching_loss(model, x_0, y, t, x_0, torch.randn(2, 6, 4, 4))[1].mean().backward()
+    assert model.inject_embed.weight.grad is None
 
 
 # --- the gradient ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from commands import Background, checkpoint, error_line, run, run_ranks
 from helpers import SMALL, awake
 from hooks import draw_without_end, print_what_is_drawn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tqdm import tqdm
@@ -30,6 +30,7 @@ import sample
 from dip import DiP
 from sample import (SAMPLERS, draw_grid, find_checkpoint, find_class, generate, guided, load_model,
                     random_stream, to_uint8)
+from train import Shapes
 
 @pytest.fixture(scope="module")
 def model():
@@ -189,6 +190,8 @@ LABELS = "must be whole numbers from 0 to 5, the null class; find_class() turns 
     ({"size": -16}, "size=-16 is not a multiple of patch_size=4; nearest that fit: 4"),
     ({"cfg": 1e38, "sampler": "sde"}, "the images diverged by t = "),
     ({"cfg": 1e38, "steps": 1}, "diverged by t = 0, step 1 of 1; try a cfg below 1e+38"),
+    # in floats, (1 - 0.93) * 100 is a little less than 7
+    ({"cfg": 1e38, "steps": 100, "interval": (0, 0.94)}, "diverged by t = 0.93, step 7 of 100"),
 ], ids=str)
 def test_generate_refuses(model, change, answer):
     """In one line that names the argument, as a notebook needs it; also images that diverge."""
@@ -269,20 +272,40 @@ def test_a_grid_shows_every_pixel_as_a_square_in_the_order_of_the_images(n, name
     assert margin[:, :left].any() and margin[:top, left:].any() == headers
 
 
+def test_every_row_has_its_own_name_and_every_column_its_header_in_its_middle():
+    """Catches the first class's name beside every row, and headers that drift off their columns."""
+    images = np.zeros((20, 9, 9, 3), dtype=np.uint8)         # of 99 x 99 pixels in the grid
+    one, two = (np.asarray(draw_grid(images, names, ["x"] * 10))
+                for names in (["disc", "ring"], ["ring", "disc"]))
+    assert np.array_equal(one[-103:], two[-206:-103]) and not np.array_equal(one[-103:], two[-103:])
+    headers = one[:24, -1030:].reshape(24, 10, 103, 3)
+    assert (headers == headers[:, :1]).all()
+
+
 @settings(max_examples=20)
-@given(name=st.text() | st.text(alphabet="Wi犬\n\udcff", min_size=20), W=st.integers(1, 200))
-def test_a_label_is_no_wider_than_the_images_whatever_its_letters(name, W):
-    """Catches a sheet of 20,000 pixels, and a class name that fails a finished command."""
-    sheet, images = draw_grid(np.zeros((2, 200, W, 3), dtype=np.uint8), [name]), 2 * (W + 4)
+@given(name=st.text() | st.text(alphabet="Wi犬\n\udcff", min_size=20), W=st.integers(1, 200),
+       n=st.integers(1, 30))
+@example(name="W" * 99, W=20, n=30)
+def test_a_label_is_no_wider_than_the_images_whatever_its_letters(name, W, n):
+    """Catches a sheet of 20,000 pixels, a class name that fails a finished command, and the width
+    of all images of a class where a row holds ten."""
+    sheet = draw_grid(np.zeros((n, 200, W, 3), dtype=np.uint8), [name])
+    images = min(n, 10) * (W + 4)
     assert sheet.width <= 13 + images + max(images, 16)      # 16: one letter
 
 
 @pytest.mark.parametrize("words, classes, n", [
     ("--class 7 'dotted ring' --per-class 3 --batch 2", [7, 3], 3), ("", range(10), 8)])
 def test_a_row_of_the_grid_is_a_class_and_the_index_counts_through_the_grid(
-        monkeypatch, trained, tmp_path, flat_images, words, classes, n):
-    """Catches labels and indices in another order than the images, whatever --batch."""
+        monkeypatch, trained, tmp_path, flat_images, capsys, words, classes, n):
+    """Catches labels and indices in another order than the images, whatever --batch, and names of
+    other classes beside them."""
+    named = []
+    monkeypatch.setattr(sample, "draw_grid", lambda images, names: named.extend(
+        names) or draw_grid(images, names))
     run(monkeypatch, sample, f"--ckpt {trained} --out {tmp_path}/g.png", words)
+    assert named == [Shapes.names[c] for c in classes]
+    assert f": {len(classes) * n} images, {', '.join(named)}\n" in capsys.readouterr().out
     assert colours(tmp_path / "g.png", len(classes), n) == [
         [colour(c, n * row + j) for j in range(n)] for row, c in enumerate(classes)]
     assert max(len(labels) for labels, _, _ in flat_images) == (2 if words else 32)
@@ -301,7 +324,18 @@ def test_every_option_of_the_command_reaches_generate(monkeypatch, trained, tmp_
     for out in ("--class 1 --per-class 1 --out g.png", "--num-samples 1 --out g.npz"):
         monkeypatch.chdir(tmp_path)
         run(monkeypatch, sample, f"--ckpt {trained}", words, out)
+    with np.load("g.npz") as file:
+        assert file["arr_0"].shape == (1, *(expected["size"] or (16, 16)), 3)
     assert [how for _, _, how in flat_images] == [expected] * 2 and models == compiled * 2
+
+
+def test_a_picture_is_drawn_by_one_process_alone(monkeypatch, trained, tmp_path, flat_images):
+    """Under torchrun.  Catches ranks that draw and write the same picture."""
+    monkeypatch.setattr(sample, "on_rank_0", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(sample.dist, "get_rank", lambda: 1)
+    run(monkeypatch, sample, f"--ckpt {trained} --class 1 --out {tmp_path}/g.png")
+    run(monkeypatch, sample, f"--ckpt {trained} --save-weights {tmp_path}/w.pt")
+    assert not flat_images and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("batch, rows, columns", [(2, 1, 2), (32, 2, 3)])
@@ -374,9 +408,10 @@ def test_the_export_is_labelled_as_it_is_drawn_and_takes_the_classes_in_turn(
         monkeypatch, trained, tmp_path, flat_images):
     """Label i mod K.  Catches uneven counts, class order, which spoils Inception Score, and images
     in another order than their labels.  An export that died as it began is begun again."""
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(np.lib.format, "open_memmap", None)
-        export(patch, trained, tmp_path / "s.npz")
+    for module, step in ((np.lib.format, "open_memmap"), (Path, "write_bytes")):
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(module, step, None)
+            export(patch, trained, tmp_path / "s.npz")
     file = export(monkeypatch, trained, tmp_path / "s.npz")
     assert file["arr_1"].tolist() == [i % 10 for i in range(23)]
     assert file["arr_0"].shape == (23, 16, 16, 3) and file["arr_0"].dtype == np.uint8
@@ -399,10 +434,10 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sample, "generate", until_the_second)
-        export(patch, weights, out)
+        export(patch, weights, out, "--device cpu:0")        # which is the same device
     refused = pytest.raises(ValueError, match="unfinished export with other settings; delete it")
     for words in ("--seed 1", "--steps 4", "--batch 6", "--no-ema", "--cfg 1", "--size 8 8",
-                  "--num-samples 24", "--interval 0 1", "--sampler ab2", f"--ckpt {trained}"):
+                  "--num-samples 24", "--interval 0.5 0.5", "--sampler ab2", f"--ckpt {trained}"):
         with refused:
             export(monkeypatch, weights, out, words)
     settings = tmp_path / "s.npz.parts" / "settings.json"
@@ -427,12 +462,21 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
 
 
 def test_a_batch_is_on_the_disk_before_it_is_marked_as_done(monkeypatch, trained, tmp_path):
-    """Catches black images in a finished file, after a crash between the two."""
+    """Catches black images in a finished file, after a crash between the two, and bytes that are
+    still in Python's buffer."""
     synced, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: synced.append(
-        os.path.basename(os.readlink(f"/proc/self/fd/{number}"))) or fsync(number))
+
+    def note(number):
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        if path.name == "images.npy":
+            synced.append(int(np.load(path).any(axis=(1, 2, 3)).sum()))
+        if path.name == "done":
+            synced.append(path.read_bytes().rstrip(b"\0"))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", note)
     export(monkeypatch, trained, tmp_path / "s.npz")
-    assert [name for name in synced if name in ("images.npy", "done")] == ["images.npy", "done"] * 5
+    assert synced == [5, b"\1", 10, b"\1" * 2, 15, b"\1" * 3, 20, b"\1" * 4, 23, b"\1" * 5]
 
 
 def test_any_number_of_processes_exports_the_file_of_one(trained, tmp_path, exported):
@@ -490,6 +534,7 @@ def test_a_loaded_model_no_longer_needs_its_file(trained, tmp_path):
     shutil.copy(find_checkpoint(trained), path)
     model, _ = load_model(path)
     before = [p.clone() for p in model.parameters()]
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))

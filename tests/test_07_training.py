@@ -25,7 +25,7 @@ from torch._dynamo.testing import CompileCounter
 
 import train
 from dip import HEADS, PRESETS, DiP, DiPConfig, flow_matching_loss
-from sample import blocks_of, load_model, random_stream
+from sample import blocks_of, draw_grid, load_model, random_stream
 from train import Examples, Shapes
 
 STATE = "model", "ema", "optimizer"
@@ -85,6 +85,8 @@ LAYOUTS = {          # as people download them: files -> classes, or what the me
     "what tools leave": ("a/0.png a/.ipynb_checkpoints/0.png b/0.png .git/c/0.png a/._0.png",
                          "a b"),
     "digits": ("train/0/0.png train/1/0.png train/10/0.png", "0 1 10"),
+    "words that are numbers": ("12345/0.png cat/0.png", "12345 cat"),
+    "one folder in one": ("birds/all/0.png birds/all/1.png", "birds"),
     "words like splits": ("bullet_train/0.png train_station/0.png valley/0.png",
                           "bullet_train train_station valley"),
     "nothing": ("readme.txt", "!no images"),
@@ -262,9 +264,10 @@ def test_the_weights_are_drawn_from_the_seed_alone(monkeypatch, tmp_path):
 
 def test_by_time_sums_losses_in_tenths_of_t():
     """Both ends count; a bin without images has no mean, and is null in the log.  Catches the
-    nearest tenth."""
+    nearest tenth, and sums that keep the graphs of all steps since the last line of the log."""
     t = torch.tensor([0.0, 0.09, 0.1, 0.95, 1.0])
-    sums = train.by_time(t, torch.arange(5.0), torch.ones(5) / 2)
+    sums = train.by_time(t, torch.arange(5.0, requires_grad=True), torch.ones(5) / 2)
+    assert not sums.requires_grad
     assert sums[:, 0].tolist() == [1, 1, 2] and sums[:, 1].tolist() == [2, 0.5, 1]
     assert sums[:, 9].tolist() == [7, 1, 2] and sums[:, 2:9].abs().sum() == 0
     line = train.mean_losses(sums, "val_")
@@ -296,7 +299,7 @@ def configured(words="", device="cpu", world=1):
 def test_the_model_is_small_on_a_cpu_or_without_data_and_recipes_belong_to_presets():
     nano = dict(model="DiP-Nano/8", image_size=48, steps=3000, batch_size=16, lr=3e-3, warmup=50,
                 cooldown=0.3, time_mean=0.4, sample_every=600, save_every=600, workers=0,
-                out="runs/DiP-Nano-8-48")
+                out="runs/DiP-Nano-8-48", clip=1, label_dropout=0.1, keep=2, log_every=50)
     paper = dict(model="DiP-XL/16", image_size=256, steps=1_600_000, batch_size=256, lr=1e-4,
                  warmup=0, cooldown=0.0, time_mean=0.0, sample_every=10_000, save_every=10_000)
     for words, device, expected in (
@@ -319,6 +322,10 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     assert configured("--set head=mlp head_width=16")[1].head_width == 16
     assert options.out == "runs/DiP-Nano-8-head-mlp-depth-3-128"
     assert configured("--set head=mlp --set depth=3 --image-size 128")[1] == config
+    short = configured("--init FILE --steps 30")[0]          # no picture every six steps
+    assert (short.sample_every, short.out) == (250, "runs/init-DiP-Nano-8-48")
+    chosen = options_for("--init FILE --model DiP-S/16")     # before what the file holds
+    assert train.configure(chosen, torch.device("cpu"), (SMALL, "")) == PRESETS["DiP-S/16"]
 
 
 @pytest.mark.parametrize("words, world, micro", [
@@ -331,8 +338,10 @@ def test_a_micro_batch_is_the_largest_part_of_a_process_up_to_32(words, world, m
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_slow_is_noted_by_one_rank_alone(monkeypatch, capsys, rank):
     monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
+    configured("--batch-size 12", world=2)                   # no part of six could be larger
     configured("--batch-size 74", world=2)
-    assert capsys.readouterr().out.count("note: 37 images per process") == (rank == 0)
+    notes = capsys.readouterr().out.splitlines()
+    assert ["note: 37 images per process" in line for line in notes] == [True] * (rank == 0)
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -361,6 +370,9 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(monkeypatch, tmp_path, tw
     assert training == loss_lines(tmp_path) and len(training) == 20 and "val_loss" in validation
     written = {"ckpt-00000020.pt", "log.jsonl", "loss.png", "samples-00000020.png"}
     assert written <= set(os.listdir(whole))
+    run(monkeypatch, train, command, f"--lr 1 --warmup 2 --cooldown 1 --clip 3 --out {tmp_path}")
+    assert ("resumed at step 20; --lr 0.001 -> 1.0; --warmup 0 -> 2; --cooldown 0.0 -> 1.0; "
+            "--clip 1.0 -> 3.0\n") in capsys.readouterr().out
 
 
 def test_log_pictures_and_checkpoints_come_when_they_are_due(monkeypatch, tmp_path):
@@ -409,22 +421,26 @@ def test_a_checkpoint_and_the_log_say_what_the_run_is(monkeypatch, tmp_path, fol
 
 
 @pytest.mark.parametrize("size, classes, steps, drawn", [
-    (16, 40, 12, [[4 * c] * 4 for c in range(10)]), (128, 3, 10, [[0], [1], [2]])])
+    (64, 45, 12, [[45 * row // 10] * 4 for row in range(10)]), (128, 3, 10, [[0], [1], [2]])])
 def test_a_picture_shows_four_images_of_at_most_ten_classes(monkeypatch, tmp_path, size, classes,
                                                             steps, drawn):
-    """Each image has an index, and so a noise, of its own.  Large images on a CPU are fewer.
-    Validation takes as many images at once as training."""
-    calls, sizes = [], []
+    """Each image has an index, and so a noise, of its own, and each row the name of its class.
+    Large images on a CPU are fewer.  Validation takes as many images at once as training, but no
+    more than 50."""
+    calls, sizes, named = [], [], []
+    monkeypatch.setattr(train, "draw_grid", lambda images, names: named.extend(
+        names) or draw_grid(images, names))
     monkeypatch.setattr(train, "validate", lambda ema, data, size: sizes.append(
         size) or torch.ones(3, 10))
     monkeypatch.setattr(train, "generate", lambda model, labels, *rest, **how: calls.append(
         (model, labels, *rest, how)) or torch.zeros(len(labels), 3, 16, 16))
     ema = DiP(SMALL.replace(image_size=size))
     data = SimpleNamespace(names=[f"class {k}" for k in range(classes)])
-    options = options_for(time_mean=0.8, seed=4, micro_batch=2)
+    options = options_for(time_mean=0.8, seed=4, micro_batch=size // 2)
     train.write_pictures(tmp_path, 3, ema, data, data, options)
     models, labels, indices, seeds, hows = zip(*calls)
-    assert [*labels] == drawn and {*models} == {ema} and {*seeds} == {4} and sizes == [2]
+    assert [*labels] == drawn and {*models} == {ema} and {*seeds} == {4}
+    assert sizes == [min(size // 2, 50)] and named == [f"class {c[0]}" for c in drawn]
     assert sum(map(list, indices), []) == list(range(sum(map(len, drawn))))
     assert all(how == dict(sampler="ab2", steps=steps, cfg=2.0) for how in hows)
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png", "samples-00000003.png"]
@@ -565,7 +581,7 @@ def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_pat
     mean colour as zero, and white by the standard deviations.  Catches images left in [-1, 1]."""
     encoder = train.Encoder("tiny", tmp_path / "hub", "local", "cpu")
     assert not any(p.requires_grad for p in encoder.net.parameters()) and not encoder.net.training
-    assert encoder.dim == 6 and encoder(torch.zeros(2, 3, 64, 96)).shape == (2, 6, 4, 6)
+    assert encoder.dim == 6 and encoder(torch.zeros(2, 3, 64, 90)).shape == (2, 6, 4, 6)
     shown = []
     encoder.net.forward_features = lambda x: shown.append(x) or {
         "x_norm_patchtokens": torch.zeros(len(x), 4, 6)}
@@ -576,6 +592,10 @@ def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_pat
     fine = torch.arange(32) % 3 - 1.0                        # stripes finer than its pixels
     encoder(fine.expand(1, 3, 32, 32))
     assert shown[-1][..., 2:-2].std(dim=-1).max() < 0.5
+    dot = torch.zeros(1, 3, 32, 32)
+    dot[..., 16, 16] = 1                                     # a cubic falls below zero around it
+    encoder(dot)
+    assert (shown[-1].amin(dim=(2, 3)) < shown[-1][..., 0, 0] - 1e-3).all()
 
 
 # --- starting from weights ------------------------------------------------------------------------

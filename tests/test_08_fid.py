@@ -444,8 +444,8 @@ def test_only_a_mean_and_a_covariance_are_accepted_on_either_side(mu, sigma, mes
 
 def test_small_variances_count_and_a_covariance_may_be_rounded_to_float32():
     """A few images have a singular covariance, and rounding makes some of its zeros negative.
-    Catches variances that are dropped as rounding."""
-    d, small, zero = 32, 1e-6, np.zeros(32)
+    Catches variances that are dropped as rounding, and rounding that is taken for an error."""
+    d, small, zero = 32, 1e-9, np.zeros(32)
     variances = np.array([1.0] + [small] * (d - 2) + [0.0])
     exact = ((variances**0.5 - 1) ** 2).sum()
     for sides in ((np.diag(variances), np.eye(d)), (np.eye(d), np.diag(variances))):
@@ -454,6 +454,8 @@ def test_small_variances_count_and_a_covariance_may_be_rounded_to_float32():
     a, b = gaussian(rng, 5, 9), gaussian(rng, 5, 9)
     rounded = a[1].astype(np.float32)
     assert np.linalg.eigvalsh(rounded.astype(float))[0] < -1e-8
+    u = rng.random(400)                      # rounding of many features adds up
+    fid.as_gaussian(u, np.outer(u, u).astype(np.float32))
     expected = literal.frechet(*a, *b)
     assert frechet_distance(a[0], rounded, *b) == pytest.approx(expected, rel=1e-3)
     assert frechet_distance(*b, a[0], rounded) == pytest.approx(expected, rel=1e-3)
@@ -466,11 +468,13 @@ def test_small_variances_count_and_a_covariance_may_be_rounded_to_float32():
 @settings(max_examples=40)
 @given(seed=SEEDS, n=st.integers(1, 40), K=st.integers(1, 6), split=st.integers(1, 45))
 def test_the_inception_score_is_its_definition_and_a_short_chunk_counts_in_full(seed, n, K, split):
-    """Catches NaN from a probability of exactly 0."""
+    """Catches NaN from a probability of exactly 0, and sums in float32."""
     rng = np.random.default_rng(seed)
     p = rng.dirichlet(np.ones(K), n) * (rng.random((n, K)) < 0.7) + 1e-3 * np.eye(K)[[0] * n]
     p /= p.sum(axis=1, keepdims=True)
-    assert inception_score(p, split) == pytest.approx(literal.inception_score(p, split), rel=1e-9)
+    for p in (p, p.astype(np.float32)):
+        expected = literal.inception_score(p.astype(float), split)
+        assert inception_score(p, split) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_chunk_is_5000_images_in_the_order_of_the_file():
@@ -676,6 +680,8 @@ def test_saved_statistics_are_those_of_the_reference(monkeypatch, album, small, 
         for key, value in statistics(pictures(12, 8, 6, 0)).items():
             np.testing.assert_allclose(found.pop(key), value, rtol=1e-9, atol=1e-9)
         assert {key: value.item() for key, value in found.items()} == known
+        read = Side(path)
+        assert (read.n or 0, read.extractor or "") == (*known.values(),) and read.n != 0
 
 
 def test_statistics_of_another_network_are_refused(monkeypatch, album, result_of, tmp_path):
@@ -693,6 +699,7 @@ def test_statistics_of_another_network_are_refused(monkeypatch, album, result_of
     assert result_of(other, nameless)["extractor_sha256"] == "f" * 64
     result = result_of(nameless, nameless)
     assert result["extractor_sha256"] is None and result["FID"] == pytest.approx(0, abs=1e-6)
+    assert "the network's weights are not ADM's" not in result["caveats"]     # nobody knows
 
 
 def in_short_chunks():
@@ -720,7 +727,8 @@ def test_three_processes_give_the_numbers_of_one(monkeypatch, album, result_of, 
 @pytest.mark.parametrize("local", (0, 2))
 def test_the_process_of_a_node_uses_its_own_gpu_without_tf32(monkeypatch, album, small, local):
     """Catches the rank of the whole job taken as the number of the GPU, TF32 left on, weights that
-    every process of a node downloads at once, and any weights accepted unasked."""
+    every process of a node downloads at once, any weights accepted unasked, and a CPU that
+    silently takes the place of the GPU."""
     events, images = [], album / "samples" / "images.npz"
     monkeypatch.setattr(fid, "load_inception", lambda *words: events.append(words) or (
         SmallNet(), SHA))
@@ -729,12 +737,12 @@ def test_the_process_of_a_node_uses_its_own_gpu_without_tf32(monkeypatch, album,
     monkeypatch.setattr(fid.dist, "barrier", lambda: events.append("wait"))
     monkeypatch.setattr(fid.dist, "get_rank", lambda: 5)
     monkeypatch.setattr(fid, "report", lambda *_: pytest.fail("rank 5 reports"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not choice)
     monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for name, value in (("RANK", 5), ("LOCAL_RANK", local), ("WORLD_SIZE", 6)):
         monkeypatch.setenv(name, str(value))
-    for choice in ("", "--any-weights"):
+    for choice in ("", "--any-weights --device cuda"):       # a GPU that is named is never a CPU
         run(monkeypatch, fid, images, images, "--inception weights --batch 5", choice)
         load, measured = ("weights", bool(choice)), (5, f"cuda:{local}", False, False)
         turns = ["wait", load, "wait"] if local else [load, "wait", "wait"]
@@ -816,6 +824,7 @@ ARRAYS = [                                   # what an .npz holds, what the erro
     (dict(arr_0=IMAGES[0]), "uint8 (8, 8, 3), fortran_order=False; images are uint8"),
     (dict(arr_0=np.asfortranarray(IMAGES)), "uint8 (4, 8, 8, 3), fortran_order=True; images are"),
     (dict(arr_0=np.array([{}], dtype=object)), "images are uint8 (N, H, W, 3)"),
+    (statistics(IMAGES) | dict(arr_0=IMAGES[:3]), "holds 3 images; precision and recall need four"),
     (dict(mu=np.zeros(6)), KIND + "statistics of shapes {'mu': (6,)}, not "),
     *[(statistics(IMAGES) | change, f"{KIND}{message}") for change, message in (
         (dict(mu=np.zeros(3)), "statistics of shapes {'mu': (3,)"),

@@ -5,6 +5,7 @@ No GPU is needed: bf16 autocast runs on a CPU.
 """
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -64,6 +65,26 @@ def test_training_validation_and_sampling_run_the_network_under_autocast(monkeyp
     who = "sampling"
     assert generate(model, [0], steps=1).dtype == torch.float32
     assert seen == dict.fromkeys(["training", "encoder", "validation", "sampling"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_noise_is_drawn_on_the_cpu_and_nothing_else_is_made_there(monkeypatch, name):
+    """The meta device stands for a GPU.  Catches angles, zeros or sums without `device=`, and
+    images that are other ones on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())   # it knows no meta
+    drawn, moved, normal_ = [], [], torch.Tensor.normal_
+    with torch.device("meta"):
+        model = DiP(VARIANTS[name].replace(repa_dim=6))
+        (x, features), t, y = torch.zeros(2, 2, 6, 16, 16), torch.zeros(2), torch.zeros(2).long()
+    for given in (None, features):
+        losses = flow_matching_loss(model, x[:, :3], y, t, x[:, 3:], given)
+        assert {part.device for part in (*losses, train.by_time(t, *losses))} == {x.device}
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda x, generator: drawn.append(
+        x.device.type) or normal_(x, generator=generator))
+    monkeypatch.setitem(sample.SAMPLERS, "euler", lambda velocity, x, steps: moved.append(
+        x.device.type) or torch.zeros(x.shape))
+    generate(model, [0])
+    assert (drawn, moved) == (["cpu"], ["meta"])
 
 
 class Precise(TorchFunctionMode):

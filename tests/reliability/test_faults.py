@@ -427,6 +427,7 @@ def test_a_bad_image_is_named_once_and_the_next_one_stands_in_for_it(tmp_path, c
     """Over the border of a class, and round the end.  The label is that of the image shown."""
     root = album(tmp_path, 200, 10, 99, 199)
     data = ImageFolder(root, 8)
+    (root / "cats" / "010.png").unlink()                     # someone moved it meanwhile
     for index in [*range(100, 199)] * 3:                     # then three are not above 1 %
         data[index]
     for index, other in ((10, 11), (99, 100), (199, 0)):
@@ -524,6 +525,17 @@ def test_a_run_that_stays_not_finite_ends_and_keeps_its_last_good_checkpoint(mon
     assert "10 updates in a row were not finite, the last at step 14; try a lower --lr" in line
     assert checkpoint(tmp_path)["step"] == 4
     sample.check_finite(checkpoint(tmp_path)["model"])
+
+
+def test_samples_that_diverge_cost_their_picture_alone(monkeypatch, tmp_path, capsys):
+    """Catches a run that ends with its first picture, of a model that has hardly learned."""
+    def diverge(*_, **__):
+        raise FloatingPointError("the images diverged")
+
+    monkeypatch.setattr(train, "generate", diverge)
+    run(monkeypatch, train, TINY, f"--steps 2 --sample-every 1 --out {tmp_path}")
+    assert checkpoint(tmp_path)["step"] == 2
+    assert "warning: no samples at step 1: the images diverged" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch, four, six):
