@@ -144,7 +144,7 @@ def configure(options, device, inherited=None):
         if options.micro_batch < min(8, part) and dist.get_rank() == 0:
             print(f"note: {part} images per process have no larger divisor up to 32 than "
                   f"{options.micro_batch}, which is slow; choose another --batch-size")
-    if rest or part % options.micro_batch or not part:
+    if rest or part % options.micro_batch:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {world} "
                          f"processes x --micro-batch {options.micro_batch}; choose a multiple")
     if options.warmup >= options.steps:
