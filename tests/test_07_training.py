@@ -323,7 +323,7 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     assert options.out == "runs/DiP-Nano-8-head-mlp-depth-3-128"
     assert configured("--set head=mlp --set depth=3 --image-size 128")[1] == config
     short = configured("--init FILE --steps 30")[0]          # no picture every six steps
-    assert (short.sample_every, short.out) == (250, "runs/init-DiP-Nano-8-48")
+    assert (short.sample_every, short.out) == (250, "runs/init-FILE-DiP-Nano-8-48")
     chosen = options_for("--init FILE --model DiP-S/16")     # before what the file holds
     assert train.configure(chosen, torch.device("cpu"), (SMALL, "")) == PRESETS["DiP-S/16"]
 
