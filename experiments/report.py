@@ -95,7 +95,7 @@ def table(groups, rows, measures=tuple(LABELS), last=False):
                     line += [format_mean(list(by_seed(rows, m, **where).values())),
                              format_mean(pairs, paired=True) if name != first else ""]
                 lines, title = lines + [line], ""
-    columns = [label for m in measures for label in (LABELS[m], "to the first")]
+    columns = [label for m in measures for label in (LABELS[m], "minus the first")]
     return markdown(["models", "", "GFLOPs", *columns], lines)
 
 
