@@ -297,11 +297,8 @@ def export(model, options):
                 part = np.arange(starts[b], min(starts[b] + options.batch, N))
                 x = generate(model, part % K, part, **options.settings,
                              watch=lambda *_: bar.update())
-                for file, place, data in ((pixels, header + starts[b] * H * W * 3, to_uint8(x)),
-                                          (done, b, np.ones(1, np.uint8))):
-                    file.seek(place)
-                    file.write(data.tobytes())
-                    sync(file)
+                write_at(pixels, header + starts[b] * H * W * 3, to_uint8(x).tobytes())
+                write_at(done, b, b"\1")
         dist.barrier()
         if rank == 0:
             def write(path):
@@ -313,6 +310,13 @@ def export(model, options):
             print(f"wrote {out}: arr_0 uint8 {(N, H, W, 3)}, {K} classes in turn")
     if rank == 0:
         shutil.rmtree(parts, ignore_errors=True)
+
+
+def write_at(file, place, data):
+    """Write bytes at a place of an open file, and wait until they are on the disk."""
+    file.seek(place)
+    file.write(data)
+    sync(file)
 
 
 def begin_export(parts, options, shape, batches):
@@ -644,7 +648,7 @@ def locked(folder):
 def is_system_error(error):
     """Whether reading failed for a reason that is not in the file: memory, I/O, permissions."""
     return (isinstance(error, MemoryError)
-            or bool(re.search("out of memory|can't allocate memory", str(error)))
+            or bool(re.search("out of memory|(can't|Cannot) allocate memory", str(error)))
             or getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EINVAL))
 
 
@@ -727,7 +731,7 @@ def number(kind, low=-math.inf, high=math.inf):
 ADVICE = {                                   # a pattern in an error: what the user can do
     "shared memory|Bus error": "out of shared memory: fewer --workers, or docker's --shm-size",
     "DataLoader worker": "a loader process was killed; out of memory? Fewer --workers",
-    "out of memory|can't allocate|Unable to allocate|^MemoryError":
+    "out of memory|(can't|Cannot|Unable to) allocate|^MemoryError":
         "out of memory: a smaller --micro-batch (training) or --batch (sampling)",
     "No working C\\+\\+ compiler|InvalidCxxCompiler|Cannot find a working triton":
         "--compile needs a compiler; leave it out, or set CXX",

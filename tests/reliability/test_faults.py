@@ -329,6 +329,11 @@ def out_of_memory(*_, **__):
                        "memory: you tried to allocate 341269 bytes.")
 
 
+def out_of_addresses(*_, **__):
+    """As under `ulimit -v`."""
+    raise RuntimeError("unable to mmap 341269 bytes from file <x>: Cannot allocate memory (12)")
+
+
 def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypatch, six, four,
                                                                         capsys):
     """Catches an older checkpoint that is resumed, and the newer one overwritten, because the disk
@@ -339,6 +344,7 @@ def test_a_good_checkpoint_is_never_skipped_for_what_is_not_in_the_file(monkeypa
             (torch, "load", failing(errno.EACCES), "Permission denied"),
             (torch, "load", failing(errno.ESTALE), "Stale file handle"),
             (torch, "load", out_of_memory, "out of memory"),
+            (torch, "load", out_of_addresses, "out of memory"),
             (zipfile.ZipFile, "testzip", failing(errno.EIO), "Input/output error")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
