@@ -123,8 +123,9 @@ def configure(options, device, inherited=None):
     if changes.get("head", config.head) != config.head:      # another head has its own default size
         changes = {"head_width": 0, "head_depth": 0, **changes}
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
-    recipe = dict(NANO if name == "DiP-Nano/8" else PAPER)
-    if name == "DiP-Nano/8" and config.image_size > 64:      # fewer images: steps stay short
+    small = name == "DiP-Nano/8"
+    recipe = dict(NANO if small else PAPER)
+    if small and config.image_size > 64:                     # fewer images: steps stay short
         images = max(4, 16 * 64**2 // config.image_size**2)
         recipe["batch_size"] = images + -images % world      # a multiple of the processes
     steps = options.steps or recipe["steps"]
@@ -250,7 +251,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
         stop = total(len(signals)) > 0                       # a signal to one rank stops all
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
-        if save or sample or done % options.log_every == 0:  # at each save, or a resume loses some
+        if save or sample or done % options.log_every == 0:  # at saves: a resume starts a new line
             sums = total(sums)
             if rank == 0 and sums.any():                     # some update was not skipped
                 line = mean_losses(sums)
@@ -373,7 +374,6 @@ def noted_signals():
             signal.signal(number, handler)
 
 
-
 def report_skipped(out, step, norm, skipped):
     """Warn of an update that was skipped; end the run after MAX_SKIPPED in a row."""
     if dist.get_rank() == 0:
@@ -481,9 +481,9 @@ def draw_losses(out, time_mean):
         lines = [line for line in log if line.get(key) is not None]
         axes.plot([line["step"] for line in lines], [line[key] for line in lines], ".-", c=colour)
         axes.set(title=name, xlabel="step", ylabel="flow matching loss, Eq. (5)")
-        for line in lines[-1:]:
-            by_t.stairs(np.array(line[f"{key}_by_t"], dtype=float), np.linspace(0, 1, BINS + 1),
-                        color=colour, label=name, baseline=None)
+        if lines:
+            by_t.stairs(np.array(lines[-1][f"{key}_by_t"], dtype=float),
+                        np.linspace(0, 1, BINS + 1), color=colour, label=name, baseline=None)
             by_t.legend(fontsize=7)
     by_t.set(title="both by t, at the last step", xlabel="t, from data to noise")
     for axes in (*curves, by_t):                             # plain numbers, also in a narrow range

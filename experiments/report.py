@@ -58,7 +58,7 @@ def rates_of(rows, group, model):
 
 
 def format_mean(numbers, paired=False):
-    """Mean ± standard deviation; or, of paired differences, ± standard error, bold beyond three."""
+    """Mean ± standard deviation; of paired differences, ± standard error, bold beyond three."""
     if len(numbers) < 1 + paired:
         return "" if paired else "-"
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0

@@ -307,7 +307,7 @@ def test_every_experiment_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
 def test_no_seed_is_left_out_and_no_row_is_of_an_unknown_model(name):
     """Fails if rows were picked; seeds may be missing only where the page says "partial".  Of the
     recipes, most have one seed."""
-    seeds = {}
+    seeds, partial = {}, name == "paths" and "partial" in PAGE
     for row in read_rows(name):
         model = EXPERIMENTS[name][row["group"]][row["model"]]
         if row["seed"] == 9:
@@ -316,9 +316,9 @@ def test_no_seed_is_left_out_and_no_row_is_of_an_unknown_model(name):
         seeds.setdefault((row["group"], row["model"], row["steps"]), set()).add(row["seed"])
     if name == "recipes":
         assert all(found in ({0}, {0, 1, 2}) for found in seeds.values())
-    elif not (name == "paths" and "partial" in PAGE):
+    elif not partial:
         assert all(found == {0, 1, 2} for found in seeds.values())
-    if name != "paths" or "partial" not in PAGE:
+    if not partial:
         assert {place[:2] for place in seeds} == {
             (group, model) for group, found in EXPERIMENTS[name].items() for model in found}
 
