@@ -230,7 +230,8 @@ def sample_grid(model, names, options):
     def watch(t, x, v):                      # Heun visits most times twice: the last visit stays
         bar.update()
         if options.trajectory and not images:                # of the first batch
-            seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x)
+            kept = round((1 - t) * options.steps) % max(1, options.steps // 32) == 0
+            seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x) if kept else None
 
     with tqdm(total=len(starts) * options.evaluations, desc="sampling") as bar:
         for start in starts:
@@ -248,7 +249,7 @@ def draw_trajectory(seen, images, n, names, out):
     """Beside the grid: a strip of what the model predicts for the first image, x_t - t v, as t
     falls; and a GIF in which the noise of the first batch turns into its images.
 
-    seen: {t: (that prediction (1, H, W, 3), noisy images (B, H, W, 3))}, uint8
+    seen: {t: (that prediction (1, H, W, 3), noisy images (B, H, W, 3) or None)}, uint8
     """
     times, last = list(seen), len(seen) - 1
     # quadratic spacing: most changes near t = 1
@@ -258,9 +259,9 @@ def draw_trajectory(seen, images, n, names, out):
                                   [f"t={t:.2f}" for t in chosen])])
     print(f"wrote {path}: the predicted clean image of the first sample, from noise to data")
 
-    noisy = [x for _, x in seen.values()]
+    noisy = [x for _, x in seen.values() if x is not None]
     whole = max(1, len(noisy[0]) // n)                       # classes that are in the first batch
-    stages = noisy[::max(1, len(noisy) // 32)] + [images[:len(noisy[0])]]
+    stages = [*noisy, images[:len(noisy[0])]]
     save_picture(path.with_suffix(".gif"),
                  [draw_grid(stage[:whole * n], names[:whole]) for stage in stages])
     print(f"wrote {path.with_suffix('.gif')}: x_t of the first images as t falls")

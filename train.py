@@ -123,7 +123,7 @@ def configure(options, device, inherited=None):
     if changes.get("head", config.head) != config.head:      # another head has its own default size
         changes = {"head_width": 0, "head_depth": 0, **changes}
     config = config.replace(image_size=options.image_size or config.image_size, **changes)
-    small = name == "DiP-Nano/8"
+    small = name.startswith("DiP-Nano/")
     recipe = dict(NANO if small else PAPER)
     if small and config.image_size > 64:                     # fewer images: steps stay short
         images = max(4, 16 * 64**2 // config.image_size**2)
