@@ -53,6 +53,17 @@ class ScalarPath(DiP):
         return best * x_t + super().forward(x_t, t, y)
 
 
+class StartsAtNoise(DiP):
+    """v = x_t + DiT's last layer, which gives 0 at first.  A start like the linear path's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        zero(self.output.linear)
+
+    def forward(self, x_t, t, y):
+        return x_t + super().forward(x_t, t, y)
+
+
 class LinearPath(nn.Module):
     """DiT's last layer + B diag(g(c)) C patch, g linear in the condition c; at first, v = x_t.
 
@@ -97,16 +108,20 @@ class Both(nn.Module):
         return self.plain(*inputs) + self.detailer(*inputs)
 
 
-OUTPUTS = {"linear path": LinearPath, "linear path, head": partial(LinearPath, as_head=True),
-           "U-Net + last layer": Both,
-           "U-Net + linear path": partial(Both, plain=partial(LinearPath, as_head=True))}
+PATH_HEAD = partial(LinearPath, as_head=True)
+OUTPUTS = {"linear path": LinearPath, "linear path, head": PATH_HEAD, "U-Net + last layer": Both,
+           "U-Net + linear path": partial(Both, plain=LinearPath),
+           "U-Net + linear path, head": partial(Both, plain=PATH_HEAD)}
+NETWORKS = {"scalar path": ScalarPath, "no head, starts at x_t": StartsAtNoise}
 
 
 def build(name, config):
     """The network that a model's name stands for."""
-    net = ScalarPath(config) if name == "scalar path" else DiP(config)
+    net = NETWORKS.get(name, DiP)(config)
     if name in OUTPUTS:
         net.output = OUTPUTS[name](config)
+    elif name == "U-Net, blind":             # it sees the token alone
+        net.output.head.register_forward_pre_hook(lambda head, inputs: (0 * inputs[0], inputs[1]))
     elif name == "U-Net, last layer from 0":
         zero(net.output.head.out)
     elif name == "U-Net, random upsampling":
@@ -152,6 +167,8 @@ REGIMES = {"narrow": NARROW, "wide": WIDE}
 PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
 OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
 PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head"))
+MORE_PATHS = PATHS | dict.fromkeys(("U-Net + linear path", "U-Net, blind", "no head, starts at x_t",
+                                    "no head, predicts x", "coordinate"))
 BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 FOUR = BOTH | {"U-Net + last layer": 6e-3, "deeper": 6e-3}
 PLACES = BOTH | {"U-Net between blocks": 3e-3, "U-Net in both places": 3e-3}
@@ -166,17 +183,18 @@ RECIPES = {
     "DiP-Nano/8": ("U-Net", 3023, {}, {}),
     "96 wide": ("U-Net", 3770, dict(hidden_size=96, num_heads=3), {}),
     "predicts v": ("U-Net", 3285, dict(prediction="v"), {}),
-    "a linear path too, predicts v": ("U-Net + linear path", 2462, dict(prediction="v"), {}),
+    "a linear path too, predicts v": ("U-Net + linear path, head", 2462, dict(prediction="v"), {}),
     "192 wide": ("U-Net", 2045, W192, {}),
     "192 wide, 8 channels": ("U-Net", 2370, dict(W192, head_width=8), {}),
     "192 wide, 2 stages": ("U-Net", 2255, dict(W192, head_depth=2), {}),
     "192 wide, a linear path too, predicts v": (
-        "U-Net + linear path", 2242, dict(W192, prediction="v"), {}),
+        "U-Net + linear path, head", 2242, dict(W192, prediction="v"), {}),
     "before: DiP-Nano/16": ("U-Net", 4593, OLD, dict(time_mean=0.8))}
 
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
-    "paths": {f"{base.hidden_size} wide, {data}": models(base, PATHS, data, (2000,), cooldown=0.3)
-              for data in ("shapes", "photos") for base in (NARROW, WIDE)},
+    "paths": {f"{base.hidden_size} wide, {data}": models(base, names, data, (2000,), cooldown=0.3)
+              for data in ("shapes", "photos") for base, names in ((NARROW, PATHS),
+                                                                   (WIDE, MORE_PATHS))},
     "recipes": {title: {name: Model(
         PRESETS["DiP-Nano/8"].replace(**changes), build=partial(build, name), steps=(steps,),
         training=dict(cooldown=0.3, time_mean=0.4) | training)}

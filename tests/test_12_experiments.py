@@ -156,6 +156,21 @@ def test_the_scalar_path_is_the_best_guess_from_one_pixel():
         assert gain.mean().item() == pytest.approx(best.item(), abs=0.01)
 
 
+def test_a_dit_that_starts_at_x_t_adds_its_last_layer():
+    net, x, v = run_model("no head, starts at x_t")
+    torch.testing.assert_close(v, x)
+    torch.nn.init.ones_(net.output.linear.bias)
+    torch.testing.assert_close(net(x, torch.ones(2), torch.zeros(2, dtype=torch.long)), x + 1)
+
+
+def test_a_blind_unet_sees_the_token_alone():
+    """Pixels cannot reach it; its weights and its token's are still trained."""
+    net, x, _ = run_model("U-Net, blind")
+    s, time, c = torch.randn(2, 16, 16), torch.randn(2, 16), torch.randn(2, 16)
+    blank, v = (net.output(image, s, time, c) for image in (torch.zeros_like(x), x))
+    assert torch.equal(v, blank) and not torch.equal(v, net.output(x, 2 * s, time, c))
+
+
 def test_head_beside_the_last_layer_starts_at_zero_and_is_the_sum_of_both():
     net, x, v = run_model("U-Net + last layer")
     assert not v.any()
