@@ -5,6 +5,7 @@ The law: an image is a function of (weights, seed, index, class) and of the sett
 names.  The integrator of that name draws it, step for step as in literal_sampling.py.
 """
 
+import copy
 import math
 import os
 import re
@@ -117,7 +118,7 @@ PLAIN = dict(seed=0, size=(16, 16), sampler="euler", steps=4, cfg=2.0, interval=
 
 @pytest.mark.parametrize("change", [
     {}, {"seed": 7}, {"size": (8, 24)}, {"sampler": "heun"}, {"sampler": "sde"}, {"steps": 5},
-    {"cfg": 1.0}, {"cfg": 4.0}, {"sampler": "ab2", "interval": (0.1, 0.6), "steps": 6},
+    {"cfg": 1.0}, {"cfg": 0.5}, {"cfg": 4.0}, {"sampler": "ab2", "interval": (0.1, 0.6), "steps": 6},
 ], ids=str)
 def test_generate_draws_what_its_arguments_say(model, change):
     """Catches an argument that is forgotten, noise that is drawn for the batch as a whole, and
@@ -201,6 +202,13 @@ def test_generate_refuses(model, change, answer):
     assert answer in line and "\n" not in line and len(line) < 300
 
 
+def test_images_that_are_not_numbers_have_diverged(model):
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.embed.bias, math.nan)
+    with pytest.raises(FloatingPointError, match="diverged by t = 0.5, step 1 of 2"):
+        generate(broken, [1], steps=2)
+
+
 def test_pixels_are_rounded_and_clamped_and_keep_their_place():
     """Catches truncation, which darkens every picture by half a level."""
     levels = torch.arange(256) / 127.5 - 1
@@ -270,6 +278,7 @@ def test_a_grid_shows_every_pixel_as_a_square_in_the_order_of_the_images(n, name
     left, top = sheet.width - columns * (W * zoom + 4), sheet.height - names * rows * (H * zoom + 4)
     margin = np.asarray(sheet) < 128
     assert margin[:, :left].any() and margin[:top, left:].any() == headers
+    assert top == (24 if headers else 4)                     # no empty row
 
 
 def test_every_row_has_its_own_name_and_every_column_its_header_in_its_middle():
