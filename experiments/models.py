@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dip import PRESETS, DiP, DiPConfig, FinalLayer, PatchDetailerHead, patchify, unpatchify
 from experiments import features, gaussian, overfit, samplers, toy
 from experiments.lab import Drawn
+from sample import OUR_WEIGHTS, load_model
 from theory.model import gain
 
 WIDE = DiPConfig(image_size=32, patch_size=8, hidden_size=256, depth=4, num_heads=4, num_classes=10,
@@ -132,6 +133,13 @@ def build(name, config):
     return net
 
 
+def fine_tuned(config):
+    """DiP-Nano/8 with the weights of drawn shapes."""
+    net = DiP(config)
+    net.load_state_dict(load_model(OUR_WEIGHTS)[0].state_dict())
+    return net
+
+
 # -------------------------------------------------------------------------------------------------
 # Who is compared with whom
 
@@ -181,7 +189,10 @@ OLD = dict(patch_size=16, hidden_size=192, num_heads=6, head_width=8, head_depth
 W192 = dict(hidden_size=192, num_heads=6)
 RECIPES = {
     "DiP-Nano/8": ("U-Net", 3023, {}, {}),
-    "96 wide": ("U-Net", 3770, dict(hidden_size=96, num_heads=3), {}),
+    "96 wide": ("U-Net", 3500, dict(hidden_size=96, num_heads=3), {}),
+    "64 wide": ("U-Net", 4350, dict(hidden_size=64, num_heads=2), {}),
+    "4 blocks": ("U-Net", 3550, dict(depth=4), {}),
+    "mean of logit t: 0": ("U-Net", 3023, {}, dict(time_mean=0.0)),
     "predicts v": ("U-Net", 3285, dict(prediction="v"), {}),
     "a linear path too, predicts v": ("U-Net + linear path, head", 2462, dict(prediction="v"), {}),
     "192 wide": ("U-Net", 2045, W192, {}),
@@ -191,6 +202,16 @@ RECIPES = {
         "U-Net + linear path, head", 2242, dict(W192, prediction="v"), {}),
     "before: DiP-Nano/16": ("U-Net", 4593, OLD, dict(time_mean=0.8))}
 
+# the same for photos of 64 x 64: (learning rate, steps, what is different, how it is built)
+P4 = dict(patch_size=4, head_depth=2, hidden_size=96, num_heads=3, depth=4)
+FOR_PHOTOS = {
+    "rate 3e-3": (3e-3, 1000, {}, DiP),
+    "rate 1.5e-3": (1.5e-3, 1000, {}, DiP),
+    "rate 1.5e-3, predicts v": (1.5e-3, 1000, dict(prediction="v"), DiP),
+    "rate 1.5e-3, from the weights in assets": (1.5e-3, 1000, {}, fine_tuned),
+    "rate 1.5e-3, patches of 4": (1.5e-3, 1000, P4, DiP),
+    "rate 1.5e-3, patches of 4, longer": (1.5e-3, 6000, P4, DiP)}
+
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
     "paths": {f"{base.hidden_size} wide, {data}": models(base, names, data, (2000,), cooldown=0.3)
               for data in ("shapes", "photos") for base, names in ((NARROW, PATHS),
@@ -198,7 +219,11 @@ EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a 
     "recipes": {title: {name: Model(
         PRESETS["DiP-Nano/8"].replace(**changes), build=partial(build, name), steps=(steps,),
         training=dict(cooldown=0.3, time_mean=0.4) | training)}
-        for title, (name, steps, changes, training) in RECIPES.items()},
+        for title, (name, steps, changes, training) in RECIPES.items()} | {
+        f"photos, {title}": {"U-Net": Model(
+            PRESETS["DiP-Nano/8"].replace(image_size=64, **changes), lr, "photos", build,
+            dict(cooldown=0.3, time_mean=0.4), (steps,))}
+        for title, (lr, steps, changes, build) in FOR_PHOTOS.items()},
     "crossover": {f"{D} of 48": models(PATCHES[4].replace(hidden_size=D, num_heads=num_heads),
                                        {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))
                   for D, num_heads in ((16, 1), (36, 3), (48, 3), (72, 3), (144, 6))},
