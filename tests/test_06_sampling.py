@@ -262,6 +262,7 @@ def flat_images(monkeypatch):
 
 
 @settings(max_examples=30)
+@example(n=20, names=2, H=9, W=9, headers=False)
 @given(n=st.integers(1, 23), names=st.integers(1, 3), H=st.integers(1, 40), W=st.integers(1, 40),
        headers=st.booleans())
 def test_a_grid_shows_every_pixel_as_a_square_in_the_order_of_the_images(n, names, H, W, headers):
@@ -289,6 +290,8 @@ def test_every_row_has_its_own_name_and_every_column_its_header_in_its_middle():
     assert np.array_equal(one[-103:], two[-206:-103]) and not np.array_equal(one[-103:], two[-103:])
     headers = one[:24, -1030:].reshape(24, 10, 103, 3)
     assert (headers == headers[:, :1]).all()
+    twenty = np.asarray(draw_grid(images, ["disc"]))         # two rows of one class: one name
+    assert (twenty[-103:, :-1030] == 255).all()
 
 
 @settings(max_examples=20)
