@@ -328,6 +328,9 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     assert (short.sample_every, short.out) == (250, "runs/init-FILE-DiP-Nano-8-48")
     chosen = options_for("--init FILE --model DiP-S/16")     # before what the file holds
     assert train.configure(chosen, torch.device("cpu"), (SMALL, "")) == PRESETS["DiP-S/16"]
+    old = options_for("--init FILE")                         # of a preset that is no more
+    assert train.configure(old, torch.device("cpu"), (SMALL, "DiP-Nano/16")) == SMALL
+    assert old.steps == 3000
 
 
 @pytest.mark.parametrize("words, world, micro", [
