@@ -192,7 +192,7 @@ def to_uint8(x):
 
 
 def draw_grid(images, names, headers=None, cell=96):
-    """A picture with a row of images for each name, at most ten a row, and a header on each column.
+    """A picture with the images of each name in rows of ten, and a header on each column.
 
     images: uint8 (len(names) * n, H, W, 3), n for each name in turn.  Small images are enlarged by
     the whole factor that brings them nearest to `cell` pixels, without smoothing.
@@ -227,7 +227,7 @@ def sample_grid(model, names, options):
     labels, names = np.repeat(options.classes, n), [names[c] for c in options.classes]
     starts = range(0, len(labels), options.batch)
 
-    def watch(t, x, v):                      # Heun visits most times twice: the last visit stays
+    def watch(t, x, v):                      # Heun evaluates most t twice: keep the second
         bar.update()
         if options.trajectory and not images:                # of the first batch
             kept = round((1 - t) * options.steps) % max(1, options.steps // 32) == 0
@@ -246,13 +246,13 @@ def sample_grid(model, names, options):
 
 
 def draw_trajectory(seen, images, n, names, out):
-    """Beside the grid: a strip of what the model predicts for the first image, x_t - t v, as t
+    """Two more files: a strip of what the model predicts for the first image, x_t - t v, as t
     falls; and a GIF in which the noise of the first batch turns into its images.
 
     seen: {t: (that prediction (1, H, W, 3), noisy images (B, H, W, 3) or None)}, uint8
     """
     times, last = list(seen), len(seen) - 1
-    # quadratic spacing: most changes near t = 1
+    # denser near t = 1, where more changes
     chosen = [times[k] for k in sorted({round(last * (j / 9) ** 2) for j in range(10)})]
     path = out.with_stem(out.stem + "-trajectory")
     save_picture(path, [draw_grid(np.concatenate([seen[t][0] for t in chosen]), names[:1],

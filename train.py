@@ -79,7 +79,7 @@ def parse(argv=None):
     add("--micro-batch", type=number(int, 1), help="images at once per process [at most 32]")
     add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
     add("--warmup", type=number(int, 0), help="steps over which lr rises [0; 50]")
-    add("--cooldown", type=number(float, 0, 1), help="final fraction, where lr falls [0; 0.3]")
+    add("--cooldown", type=number(float, 0, 1), help="last part of the run, where lr falls [0; 0.3]")
     add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none [1]")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the EMA [0.9999]")
     add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.4]")
@@ -89,7 +89,7 @@ def parse(argv=None):
     add("--out", type=text, metavar="DIR", help="folder of the run [runs/MODEL-SIZE]")
     add("--log-every", type=number(int, 1), default=50, help="steps between lines of the log [50]")
     add("--sample-every", type=number(int, 0),
-        help="steps between pictures and validation; 0: none [1/5 of the run, 250 to 10000]")
+        help="validate and draw after every so many steps; 0: never [1/5 of the run, 250 to 10000]")
     add("--save-every", type=number(int, 1), help="steps between checkpoints [the same]")
     add("--keep", type=number(int, 1), default=2, help="number of checkpoints kept [2]")
     add("--workers", type=number(int, 0), help="loader processes [8 with CUDA and --data, else 0]")
@@ -160,7 +160,7 @@ BINS = 10                # losses are logged by tenths of t
 
 
 def training_step(net, ema, optimizer, batches, step, options, encoder=None):
-    """One update: (sums of the losses by tenths of t (3, BINS), norm of the gradient).
+    """One update.  Returns the losses summed by tenths of t (3, BINS) and the gradient's norm.
 
     net: the DiP, perhaps within DDP; ema: its average; batches: this rank's micro-batches.  An
     update whose gradient is not finite is skipped; the norm, inf or nan, says so.
@@ -178,7 +178,7 @@ def training_step(net, ema, optimizer, batches, step, options, encoder=None):
         t = logit_normal_time(z, options.time_mean)                      # (B,)
         y = drop_labels(y, u, config.num_classes, options.label_dropout)
 
-        net.require_backward_grad_sync = i == count - 1      # DDP averages them once a step
+        net.require_backward_grad_sync = i == count - 1      # DDP: average at the last
         with autocast(device):
             features = encoder(x_0) if encoder else None                 # (B, repa_dim, h, w)
             flow, repa = flow_matching_loss(net, x_0, y, t, noise, features)         # (B,) each
@@ -214,7 +214,7 @@ def draw_noise(x_0, seed, purpose, examples):
 
 
 def by_time(t, flow, repa):
-    """Sums over the images whose t is in each tenth: of flow, of repa, of 1.  (B,) -> (3, BINS)"""
+    """For each tenth of t: sums of flow and repa, number of images.  (B,) each -> (3, BINS)"""
     bins = (t * BINS).long().clamp(max=BINS - 1)
     values = torch.stack([flow, repa, torch.ones_like(flow)]).detach()
     return torch.zeros(3, BINS, device=t.device).index_add(1, bins, values)
@@ -223,12 +223,12 @@ def by_time(t, flow, repa):
 # -------------------------------------------------------------------------------------------------
 # The run
 
-MAX_SKIPPED = 10         # so many skipped updates in a row end the run
+MAX_SKIPPED = 10         # this many skipped updates in a row end the run
 
 
 def fit(model, options, data, val_data=None, encoder=None, signals=()):
-    """Train the model, or the newest checkpoint in --out, until --steps, or until `signals` holds
-    one (noted_signals).  Returns (EMA of the model, steps done)."""
+    """Train from scratch, or from the newest checkpoint in --out, until --steps or until a signal
+    arrives (noted_signals).  Returns (EMA of the model, steps done)."""
     out, rank = Path(options.out), dist.get_rank()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0, fused=True)
@@ -251,7 +251,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
         stop = total(len(signals)) > 0                       # a signal to one rank stops all
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
-        if save or sample or done % options.log_every == 0:  # at saves: a resume starts a new line
+        if save or sample or done % options.log_every == 0:  # at saves: sums are not saved
             sums = total(sums)
             if rank == 0 and sums.any():                     # some update was not skipped
                 line = mean_losses(sums)
@@ -260,14 +260,14 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
                           images_per_s=round(speed, 1), grad_norm=norm)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
             sums, since = torch.zeros(3, BINS), done
-            if rank == 0 and save:                           # before pictures: they take long
+            if rank == 0 and save:                           # first, since pictures take long
                 save_checkpoint(model, ema, optimizer, options, data, done)
             if rank == 0 and sample and not stop:
                 try:
                     write_pictures(out, done, ema, data, val_data, options)
                 except FloatingPointError as error:          # of an early or diverging model
                     tqdm.write(f"warning: no samples at step {done}: {error}", file=sys.stderr)
-            clock = time.time()                              # speed: of training alone
+            clock = time.time()                              # speed counts training alone
         if stop:
             break
     dist.barrier()                                           # no rank exits before rank 0 has saved
@@ -308,7 +308,7 @@ def save_checkpoint(model, ema, optimizer, options, data, step):
 
 
 def identity(model, options, data):
-    """What may not change when a run is resumed."""
+    """What must not change when a run is resumed."""
     fixed = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
     return {**asdict(model.config), **{name: getattr(options, name) for name in fixed},
             "classes": data.classes, "number of images": len(data)}
@@ -387,7 +387,7 @@ def report_skipped(out, step, norm, skipped):
 
 def start_from(model, given, path):
     """Copy the weights of --init.  If the number of classes differs, the label table is new except
-    for its null class.  If the width of REPA's features differs, so is the projector."""
+    for its null class.  If the width of REPA's features differs, the projector is new too."""
     fresh, weights = model.state_dict(), given.state_dict()
     if given.config.num_classes != model.config.num_classes:
         fresh["label.weight"][-1] = weights.pop("label.weight")[-1]
@@ -433,8 +433,8 @@ def validate(model, data, batch=50, limit=500):
 def write_pictures(out, step, ema, data, val_data, options):
     """Log the validation loss; draw samples-<step>.png, a row per class, and loss.png.
 
-    The samples are quick ones: 12 steps, where sample.py takes 100, and fewer images where they are
-    large and the device is a CPU."""
+    The samples are quick ones: 12 steps, where sample.py takes 100; above 64 pixels on a CPU, 10
+    steps and fewer images."""
     if val_data:
         losses = validate(ema, val_data, min(50, options.micro_batch))
         write_log(out, step=step, **mean_losses(losses, "val_"))
@@ -586,7 +586,7 @@ class ImageFolder:
                 (nested, f"one folder of folders, {''.join(folders[:1])}: give that one itself?")):
             if holds:
                 raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
-        named = self.root.resolve()          # flat DIR/train and DIR/val are both of class DIR
+        named = self.root.resolve()          # no folders of classes: DIR/train has class DIR
         self.classes = folders or [(named.parent if named.name in ("train", "val") else named).name]
         self.labels = [folders.index(parts[0]) if folders else 0 for parts in inside]
         known = imagenet_names()
@@ -668,7 +668,7 @@ class Encoder:
 
 
 def load_encoder(options, device):
-    """The encoder of --repa, or None.  One process of a node fills the cache of torch.hub."""
+    """The encoder of --repa, or None.  One process per node downloads it first."""
     encoder, first = None, int(os.environ.get("LOCAL_RANK", 0)) == 0
     for turn in (True, False) if options.repa else ():
         if turn == first:
