@@ -43,12 +43,11 @@ def cost(config, build=DiP):
 
 def print_presets():
     """The README's table of presets."""
-    print("| preset | parameters | GFLOPs | tokens | paper's parameters |\n|---|---|---|---|---|")
+    print("| preset | parameters | GFLOPs | paper's parameters |\n|---|---|---|---|")
     for name, config in PRESETS.items():
         parameters, flops = cost(config)
-        tokens = (config.image_size // config.patch_size) ** 2
         paper = f"{PAPER_MILLIONS[name]} M" if name in PAPER_MILLIONS else "-"
-        print(f"| {name} | {parameters / 1e6:.1f} M | {flops / 1e9:.1f} | {tokens} | {paper} |")
+        print(f"| {name} | {parameters / 1e6:.1f} M | {flops / 1e9:.1f} | {paper} |")
 
 
 def plan(config, micro_batch, grad_checkpoint):
