@@ -79,7 +79,7 @@ def parse(argv=None):
     add("--micro-batch", type=number(int, 1), help="images at once per process [at most 32]")
     add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
     add("--warmup", type=number(int, 0), help="steps over which lr rises [0; 50]")
-    add("--cooldown", type=number(float, 0, 1), help="last part of the run, where lr falls [0; 0.3]")
+    add("--cooldown", type=number(float, 0, 1), help="last part of a run: lr falls [0; 0.3]")
     add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none [1]")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the EMA [0.9999]")
     add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.4]")

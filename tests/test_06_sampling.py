@@ -118,7 +118,8 @@ PLAIN = dict(seed=0, size=(16, 16), sampler="euler", steps=4, cfg=2.0, interval=
 
 @pytest.mark.parametrize("change", [
     {}, {"seed": 7}, {"size": (8, 24)}, {"sampler": "heun"}, {"sampler": "sde"}, {"steps": 5},
-    {"cfg": 1.0}, {"cfg": 0.5}, {"cfg": 4.0}, {"sampler": "ab2", "interval": (0.1, 0.6), "steps": 6},
+    {"cfg": 1.0}, {"cfg": 0.5}, {"cfg": 4.0},
+    {"sampler": "ab2", "interval": (0.1, 0.6), "steps": 6},
 ], ids=str)
 def test_generate_draws_what_its_arguments_say(model, change):
     """Catches an argument that is forgotten, noise that is drawn for the batch as a whole, and
