@@ -184,46 +184,44 @@ SHORT = PLACES | {"no head, predicts x": 6e-3, "coordinate": 6e-3} | dict.fromke
     "MLP", "attention", "U-Net on the image", "U-Net, predicts x", "U-Net, last layer from 0",
     "U-Net, random upsampling", "U-Net, PyTorch's default"), 3e-3)
 
-# candidates for the small preset: (model, steps in ten minutes of CPU time, what is different)
-OLD = dict(patch_size=16, hidden_size=192, num_heads=6, head_width=8, head_depth=4)
-W192 = dict(hidden_size=192, num_heads=6)
-RECIPES = {
-    "DiP-Nano/8": ("U-Net", 3023, {}, {}),
-    "96 wide": ("U-Net", 3500, dict(hidden_size=96, num_heads=3), {}),
-    "64 wide": ("U-Net", 4350, dict(hidden_size=64, num_heads=2), {}),
-    "4 blocks": ("U-Net", 3550, dict(depth=4), {}),
-    "mean of logit t: 0": ("U-Net", 3023, {}, dict(time_mean=0.0)),
-    "predicts v": ("U-Net", 3285, dict(prediction="v"), {}),
-    "a linear path too, predicts v": ("U-Net + linear path, head", 2462, dict(prediction="v"), {}),
-    "192 wide": ("U-Net", 2045, W192, {}),
-    "192 wide, 8 channels": ("U-Net", 2370, dict(W192, head_width=8), {}),
-    "192 wide, 2 stages": ("U-Net", 2255, dict(W192, head_depth=2), {}),
-    "192 wide, a linear path too, predicts v": (
-        "U-Net + linear path, head", 2242, dict(W192, prediction="v"), {}),
-    "before: DiP-Nano/16": ("U-Net", 4593, OLD, dict(time_mean=0.8))}
 
-# the same for photos of 64 x 64: (learning rate, steps, what is different, how it is built)
-P4 = dict(patch_size=4, head_depth=2, hidden_size=96, num_heads=3, depth=4)
-FOR_PHOTOS = {
-    "rate 3e-3": (3e-3, 1000, {}, DiP),
-    "rate 1.5e-3": (1.5e-3, 1000, {}, DiP),
-    "rate 1.5e-3, predicts v": (1.5e-3, 1000, dict(prediction="v"), DiP),
-    "rate 1.5e-3, from the weights in assets": (1.5e-3, 1000, {}, fine_tuned),
-    "rate 1.5e-3, patches of 4": (1.5e-3, 1000, P4, DiP),
-    "rate 1.5e-3, patches of 4, longer": (1.5e-3, 6000, P4, DiP)}
+def recipe(steps, name="U-Net", lr=3e-3, data="shapes", start=None, time_mean=0.4, **changes):
+    """{name: Model}: DiP-Nano/8 with changes to its configuration, so many steps of its recipe."""
+    return {name: Model(PRESETS["DiP-Nano/8"].replace(**changes), lr, data,
+                        start or partial(build, name), dict(cooldown=0.3, time_mean=time_mean),
+                        (steps,))}
+
+
+W192 = dict(hidden_size=192, num_heads=6)
+WITH_PATH = dict(name="U-Net + linear path, head", prediction="v")
+PHOTOS = dict(steps=1000, lr=1.5e-3, data="photos", image_size=64)
+OF_4 = dict(PHOTOS, patch_size=4, head_depth=2, hidden_size=96, num_heads=3, depth=4)
+RECIPES = {              # of drawn shapes: the steps of ten minutes of CPU time
+    "DiP-Nano/8": recipe(3023),
+    "96 wide": recipe(3500, hidden_size=96, num_heads=3),
+    "64 wide": recipe(4350, hidden_size=64, num_heads=2),
+    "4 blocks": recipe(3550, depth=4),
+    "mean of logit t: 0": recipe(3023, time_mean=0.0),
+    "predicts v": recipe(3285, prediction="v"),
+    "a linear path too, predicts v": recipe(2462, **WITH_PATH),
+    "192 wide": recipe(2045, **W192),
+    "192 wide, 8 channels": recipe(2370, **W192, head_width=8),
+    "192 wide, 2 stages": recipe(2255, **W192, head_depth=2),
+    "192 wide, a linear path too, predicts v": recipe(2242, **W192, **WITH_PATH),
+    "before: DiP-Nano/16": recipe(4593, time_mean=0.8, patch_size=16, **W192, head_width=8,
+                                  head_depth=4),
+    "photos, rate 3e-3": recipe(**PHOTOS | dict(lr=3e-3)),
+    "photos, rate 1.5e-3": recipe(**PHOTOS),
+    "photos, rate 1.5e-3, predicts v": recipe(**PHOTOS, prediction="v"),
+    "photos, rate 1.5e-3, from the weights in assets": recipe(**PHOTOS | dict(start=fine_tuned)),
+    "photos, rate 1.5e-3, patches of 4": recipe(**OF_4),
+    "photos, rate 1.5e-3, patches of 4, longer": recipe(**OF_4 | dict(steps=6000))}
 
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
     "paths": {f"{base.hidden_size} wide, {data}": models(base, names, data, (2000,), cooldown=0.3)
               for data in ("shapes", "photos") for base, names in ((NARROW, PATHS),
                                                                    (WIDE, MORE_PATHS))},
-    "recipes": {title: {name: Model(
-        PRESETS["DiP-Nano/8"].replace(**changes), build=partial(build, name), steps=(steps,),
-        training=dict(cooldown=0.3, time_mean=0.4) | training)}
-        for title, (name, steps, changes, training) in RECIPES.items()} | {
-        f"photos, {title}": {"U-Net": Model(
-            PRESETS["DiP-Nano/8"].replace(image_size=64, **changes), lr, "photos", build,
-            dict(cooldown=0.3, time_mean=0.4), (steps,))}
-        for title, (lr, steps, changes, build) in FOR_PHOTOS.items()},
+    "recipes": RECIPES,
     "crossover": {f"{D} of 48": models(PATCHES[4].replace(hidden_size=D, num_heads=num_heads),
                                        {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))
                   for D, num_heads in ((16, 1), (36, 3), (48, 3), (72, 3), (144, 6))},
