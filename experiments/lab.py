@@ -112,6 +112,17 @@ class Judge:
                     seam=float(abs(seam_contrast(images, P) / seam_contrast(self.real, P) - 1)))
 
 
+def next_rate(tried):
+    """The rate to try after {rate: loss}: one of RATES, then one beyond the edge if the best lies
+    there; None when that is done."""
+    for lr in RATES:
+        if lr not in tried:
+            return lr
+    best = min(tried, key=tried.get)
+    beyond = {min(RATES): best / 2, max(RATES): 2 * best}.get(best)
+    return None if beyond in tried else beyond
+
+
 class Lab:
     """Trains and measures the models of an experiment that have no row yet."""
 
@@ -214,12 +225,10 @@ class Lab:
         for seed in SEEDS[:1] if self.quick else SEEDS:
             for group, name in places:
                 model, tried = groups[group][name], rates_of(rows, group, name)
-                for lr in RATES if not (model.lr or self.quick) else ():
-                    if lr not in tried:
-                        row = self.row(experiment, group, name, replace(model, lr=lr),
-                                       RATE_SEED, 1000)
-                        tried[lr] = row["loss"] or math.inf
-                        yield row
+                while not (model.lr or self.quick) and (lr := next_rate(tried)):
+                    row = self.row(experiment, group, name, replace(model, lr=lr), RATE_SEED, 1000)
+                    tried[lr] = row["loss"] or math.inf
+                    yield row
                 lr = model.lr or min(tried, key=tried.get, default=3e-3)
                 for steps in model.steps[-1 if self.quick else 0:]:
                     if not find(rows, group=group, model=name, seed=seed, steps=steps):

@@ -174,9 +174,10 @@ def models(base, rates, data="shapes", steps=(500,), measure=None, **training):
 REGIMES = {"narrow": NARROW, "wide": WIDE}
 PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
 OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
-PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head"))
-MORE_PATHS = PATHS | dict.fromkeys(("U-Net + linear path", "U-Net, blind", "no head, starts at x_t",
-                                    "no head, predicts x", "coordinate"))
+PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head",
+                       "U-Net + linear path"))
+MORE_PATHS = PATHS | dict.fromkeys(("U-Net, blind", "no head, starts at x_t", "no head, predicts x",
+                                    "coordinate"))
 BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 FOUR = BOTH | {"U-Net + last layer": 6e-3, "deeper": 6e-3}
 PLACES = BOTH | {"U-Net between blocks": 3e-3, "U-Net in both places": 3e-3}

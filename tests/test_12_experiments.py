@@ -252,16 +252,20 @@ def test_a_row_is_measured_once_and_a_longer_training_goes_on(tmp_path, monkeypa
     assert [line["step"] for line in log if "loss" in line] == [1, 2]
 
 
-def test_a_model_without_a_rate_gets_the_best_on_seed_9(tmp_path, monkeypatch):
-    """Fails if the judged seeds choose, or a rate that diverged wins."""
-    losses = {3e-3: 0.5, 6e-3: 0.4, 1.2e-2: None}
+@pytest.mark.parametrize("losses, best", [
+    ({3e-3: 0.5, 6e-3: 0.4, 1.2e-2: None}, 6e-3),
+    ({3e-3: 0.4, 6e-3: 0.5, 1.2e-2: None, 1.5e-3: 0.3}, 1.5e-3),
+    ({3e-3: 0.6, 6e-3: 0.5, 1.2e-2: 0.4, 2.4e-2: None}, 1.2e-2)])
+def test_a_model_without_a_rate_gets_the_best_on_seed_9(tmp_path, monkeypatch, losses, best):
+    """One beyond the edge is tried if the best lies there.  Fails if the judged seeds choose, or a
+    rate that diverged wins."""
     monkeypatch.setattr(Lab, "row", lambda self, experiment, group, name, model, seed, steps: dict(
         group=group, model=name, seed=seed, steps=steps, lr=model.lr, loss=losses[model.lr]))
     groups = {"g": {"m": Model(SMALL, None)}}
     rows = list(Lab(options(tmp_path, quick=False)).missing("x", groups, []))
     assert [(row["seed"], row["lr"]) for row in rows if row["seed"] != 9] == [
-        (seed, 6e-3) for seed in (0, 1, 2)]
-    assert {row["lr"] for row in rows if row["seed"] == 9} == set(losses)
+        (seed, best) for seed in (0, 1, 2)]
+    assert [row["lr"] for row in rows if row["seed"] == 9] == list(losses)
 
 
 def test_a_training_that_diverges_is_a_row_without_a_loss(tmp_path, monkeypatch):
