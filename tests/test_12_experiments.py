@@ -261,8 +261,9 @@ def test_a_model_without_a_rate_gets_the_best_on_seed_9(tmp_path, monkeypatch, l
     rate that diverged wins."""
     monkeypatch.setattr(Lab, "row", lambda self, experiment, group, name, model, seed, steps: dict(
         group=group, model=name, seed=seed, steps=steps, lr=model.lr, loss=losses[model.lr]))
-    groups = {"g": {"m": Model(SMALL, None)}}
-    rows = list(Lab(options(tmp_path, quick=False)).missing("x", groups, []))
+    groups, rows = {"g": {"m": Model(SMALL, None)}}, []
+    for row in Lab(options(tmp_path, quick=False)).missing("x", groups, rows):
+        rows.append(row)
     assert [(row["seed"], row["lr"]) for row in rows if row["seed"] != 9] == [
         (seed, best) for seed in (0, 1, 2)]
     assert [row["lr"] for row in rows if row["seed"] == 9] == list(losses)
