@@ -15,10 +15,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from dip import PRESETS, DiP, flow_matching_loss
+from dip import PRESETS, DiP, check_choice, flow_matching_loss
 from sample import Parser, autocast, number, run, start_processes
 
 PAPER_MILLIONS = {       # Tables 1, 2 and 3
@@ -102,14 +103,27 @@ def seconds(model, options, device):
     return clock(device) - start
 
 
+def products(one_pass, device):
+    """The fraction of a pass's time in matrix products, convolutions and attention."""
+    with profile() as profiler:
+        one_pass()
+    kind = "cpu" if device.type == "cpu" else "device"
+    times = {event.key: getattr(event, f"self_{kind}_time_total")
+             for event in profiler.key_averages() if event.key.startswith("aten::")}
+    return sum(time for name, time in times.items()
+               if name.endswith("mm") or "conv" in name or "attention" in name) / sum(times.values())
+
+
 def measure(options, device):
     """A line a preset.  Models take turns: whatever else the machine does touches all of them."""
     models = [train.prepare(DiP(PRESETS[name]).to(device), options) for name in options.models]
     turns = [[seconds(model, options, device) for model in models] for _ in range(options.repeat)]
+    parts = [products(lambda: seconds(model, options, device), device) for model in models]
     print(f"| batch {options.batch}, {device}, {torch.get_num_threads()} threads | s, median of "
-          f"{options.repeat - 1} after a warm-up | least | most |\n|---|---|---|---|")
-    for name, times in zip(options.models, zip(*turns[1:])):
-        print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} |")
+          f"{options.repeat - 1} after a warm-up | least | most | in products |\n|-|-|-|-|-|")
+    for name, part, times in zip(options.models, parts, zip(*turns[1:])):
+        print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | "
+              f"{part:.0%} |")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
@@ -127,6 +141,8 @@ def main():
     add("--grad-checkpoint", action="store_true", help="recompute activations, with --train")
     add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     options = parser.parse_args()
+    for name in options.models:
+        check_choice("preset", name, PRESETS)
     options.batch = options.batch or (32 if options.plan else 1)
     device = start_processes(options.device)
     if options.presets:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import dip
 import train
 from experiments import __main__ as command
-from experiments import features, lab, models, overfit, report, toy
+from experiments import features, lab, models, overfit, report, speed, toy
 from experiments.lab import Judge, Lab, seam_contrast
 from experiments.models import EXPERIMENTS, NARROW, WIDE, Model
 from experiments.report import differences, format_mean, rates_table, read_rows, table
@@ -107,6 +108,15 @@ def test_the_models_of_equal_flops_are_the_smallest_that_cost_as_much_as_the_une
         config = base.replace(**models.changes_of(name, 8))
         below = config.replace(**{field: getattr(config, field) - step})
         assert cost(below)[1] < cost(base.replace(**UNET))[1] <= cost(config)[1]
+
+
+def test_products_are_counted_in_the_time_of_a_pass():
+    """Fails if convolutions, or what surrounds the products, are not told apart."""
+    x, image = torch.ones(600, 600), torch.ones(1, 16, 128, 128)
+    passes = dict(product=lambda: x @ x, sine=lambda: x.sin(),
+                  convolution=lambda: torch.conv2d(image, torch.ones(16, 16, 3, 3)))
+    found = {name: speed.products(one_pass, x.device) for name, one_pass in passes.items()}
+    assert found["sine"] == 0 and min(found["product"], found["convolution"]) > 0.5
 
 
 def test_narrow_tokens_are_narrower_than_a_patch_and_the_head_has_the_papers_proportion():
@@ -299,8 +309,22 @@ def test_python_sample_py_does_not_draw_with_the_newest_experiment():
     assert not command.parse([]).runs.startswith("runs")
 
 
-def test_an_unknown_experiment_ends_in_one_line(monkeypatch):
+def test_an_unknown_name_ends_in_one_line(monkeypatch):
     assert "'head' is not one of: paths," in error_line(monkeypatch, command, "head")
+    assert "'DiT-S/16' is not one of: DiT-XL/16," in error_line(monkeypatch, speed, "DiT-S/16")
+
+
+def test_costs_are_measured_and_predicted(monkeypatch, capsys):
+    """Of a weight, --plan counts at least 20 bytes: itself, gradient, two moments and EMA."""
+    small = dip.PRESETS["DiP-Nano/8"].replace(depth=1, head_depth=1)
+    monkeypatch.setitem(dip.PRESETS, "DiP-Nano/8", small)
+    for arguments in (["--repeat", "2", "--train"], ["--batch", "2", "--plan"]):
+        monkeypatch.setattr(sys, "argv", ["speed.py", *arguments, "DiP-Nano/8"])
+        speed.main()
+    measured, planned = capsys.readouterr().out.split("| micro-batch 2")
+    assert re.search(r"\| DiP-Nano/8 \| \d.*%", measured) and "--grad-checkpoint" in planned
+    plain, recomputed = (speed.plan(small, 16, again) for again in (False, True))
+    assert plain > recomputed > 20 * cost(small)[0]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
