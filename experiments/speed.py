@@ -110,8 +110,9 @@ def products(one_pass, device):
     kind = "cpu" if device.type == "cpu" else "device"
     times = {event.key: getattr(event, f"self_{kind}_time_total")
              for event in profiler.key_averages() if event.key.startswith("aten::")}
-    return sum(times[name] for name in times
-               if name.endswith("mm") or "conv" in name or "attention" in name) / sum(times.values())
+    part = sum(time for name, time in times.items()
+               if name.endswith("mm") or "conv" in name or "attention" in name)
+    return part / sum(times.values())
 
 
 def measure(options, device):
