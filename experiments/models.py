@@ -176,8 +176,8 @@ PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
 OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
 PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head",
                        "U-Net + linear path"))
-MORE_PATHS = PATHS | dict.fromkeys(("U-Net, blind", "no head, starts at x_t", "no head, predicts x",
-                                    "coordinate"))
+MORE_PATHS = PATHS | {"U-Net, blind": 3e-3} | dict.fromkeys(
+    ("no head, starts at x_t", "no head, predicts x", "coordinate"))
 BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 FOUR = BOTH | {"U-Net + last layer": 6e-3, "deeper": 6e-3}
 PLACES = BOTH | {"U-Net between blocks": 3e-3, "U-Net in both places": 3e-3}
@@ -219,9 +219,9 @@ RECIPES = {              # of drawn shapes: the steps of ten minutes of CPU time
     "photos, rate 1.5e-3, patches of 4, longer": recipe(**OF_4 | dict(steps=6000))}
 
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
-    "paths": {f"{base.hidden_size} wide, {data}": models(base, names, data, (2000,), cooldown=0.3)
-              for data in ("shapes", "photos") for base, names in ((NARROW, PATHS),
-                                                                   (WIDE, MORE_PATHS))},
+    "paths": {f"{regime}, {data}": models(REGIMES[regime], names, data, (2000,), cooldown=0.3)
+              for data in ("shapes", "photos")
+              for regime, names in (("narrow", PATHS), ("wide", MORE_PATHS))},
     "recipes": RECIPES,
     "crossover": {f"{D} of 48": models(PATCHES[4].replace(hidden_size=D, num_heads=num_heads),
                                        {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))

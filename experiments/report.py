@@ -23,11 +23,11 @@ LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet dist
           "to_tree": "distance to the tree", "from_tree": "distance from the tree",
           **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
 ANSWER = {               # what the first table of the page compares
-    "16 for 48 values, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
-    "wide, shapes, 2000": ("heads", "wide, shapes", 2000),
-    "wide, shapes, 8000": ("heads", "wide, shapes, longer", 8000),
-    "wide, photos, 2000": ("heads", "wide, photos", 2000),
-    "paper's geometry, photos, 10,000": ("heads", "photos of 64", 10_000)}
+    "ratio 0.33, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
+    "wide, shapes, 2000 steps, cool-down": ("paths", "wide, shapes", 2000),
+    "wide, photos, 2000 steps, cool-down": ("paths", "wide, photos", 2000),
+    "wide, shapes, 8000 steps": ("heads", "wide, shapes, longer", 8000),
+    "paper's geometry, photos, 10,000 steps": ("heads", "photos of 64", 10_000)}
 
 
 def read_rows(name, folder=HERE / "results"):
@@ -80,6 +80,8 @@ def table(groups, rows, measures=tuple(LABELS), last=False):
     """A line a model, after all numbers of steps or the last; a column a measure, and one of its
     differences to the first model of the group."""
     measures, lines = [m for m in measures if any(m in row for row in rows)], []
+    references = {next(iter(models)) for models in groups.values()}
+    reference = references.pop() if len(references) == 1 else "the first"
     for group, models in groups.items():
         first, *_ = models
         for steps in models[first].steps[-1 if last else 0:]:
@@ -95,7 +97,7 @@ def table(groups, rows, measures=tuple(LABELS), last=False):
                     line += [format_mean(list(by_seed(rows, m, **where).values())),
                              format_mean(pairs, paired=True) if name != first else ""]
                 lines, title = lines + [line], ""
-    columns = [label for m in measures for label in (LABELS[m], "minus the first")]
+    columns = [label for m in measures for label in (LABELS[m], f"minus {reference}")]
     return markdown(["models", "", "GFLOPs", *columns], lines)
 
 
