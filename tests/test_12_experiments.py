@@ -350,8 +350,8 @@ def test_every_experiment_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_seed_is_left_out_and_no_row_is_of_an_unknown_model(name):
-    """Fails if rows were picked, or if a model has none and the page does not say "not run yet".  Of
-    the recipes, most have one seed."""
+    """Fails if rows were picked, or if a model has none and the page does not say "not run yet".
+    Of the recipes, most have one seed."""
     seeds = {}
     for row in read_rows(name):
         model = EXPERIMENTS[name][row["group"]][row["model"]]
@@ -361,10 +361,10 @@ def test_no_seed_is_left_out_and_no_row_is_of_an_unknown_model(name):
         seeds.setdefault((row["group"], row["model"], row["steps"]), set()).add(row["seed"])
     allowed = ({0}, {0, 1, 2}) if name == "recipes" else ({0, 1, 2},)
     assert all(found in allowed for found in seeds.values())
-    not_run = re.search(r"(?s)Not run yet.*?\n\* ", PAGE)[0].replace("\n ", "")
+    not_run = "".join(re.findall(r"(?s)Not run yet.*?\n\* ", PAGE)).replace("\n ", "")
     found = {place[:2] for place in seeds}
-    for group, models_of_group in EXPERIMENTS[name].items():
-        for model in models_of_group:
+    for group, of_group in EXPERIMENTS[name].items():
+        for model in of_group:
             assert (group, model) in found or name == "paths" and f"*{model}*" in not_run
 
 
