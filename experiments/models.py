@@ -176,7 +176,7 @@ PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
 OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
 PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head",
                        "U-Net + linear path"))
-MORE_PATHS = PATHS | {"U-Net, blind": 3e-3} | dict.fromkeys(
+MORE_PATHS = PATHS | {"U-Net, blind": 3e-3} | dict.fromkeys(     # blind: the U-Net's rate on shapes
     ("no head, starts at x_t", "no head, predicts x", "coordinate"))
 BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 FOUR = BOTH | {"U-Net + last layer": 6e-3, "deeper": 6e-3}
