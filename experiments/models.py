@@ -54,19 +54,15 @@ class ScalarPath(DiP):
         return best * x_t + super().forward(x_t, t, y)
 
 
-class StartsAtNoise(DiP):
-    """v = x_t + DiT's last layer, which gives 0 at first.  A start like the linear path's."""
+class NoisyImage(nn.Identity):
+    """Gives x_t."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        zero(self.output.linear)
-
-    def forward(self, x_t, t, y):
-        return x_t + super().forward(x_t, t, y)
+    def forward(self, x_t, s, time, c):
+        return x_t
 
 
 class LinearPath(nn.Module):
-    """DiT's last layer + B diag(g(c)) C patch, g linear in the condition c; at first, v = x_t.
+    """B diag(g(c)) C patch, g linear in the condition c; x_t at first.
 
     as_head: the form that fits HEADS, W s + B diag(g(s)) C patch with s = SiLU(token + time).
     """
@@ -75,52 +71,56 @@ class LinearPath(nn.Module):
         super().__init__()
         D, self.P, self.as_head = config.hidden_size, config.patch_size, as_head
         size = 3 * self.P**2
-        self.plain = nn.Linear(D, size) if as_head else FinalLayer(config)
-        self.down, self.up = (nn.Linear(size, size, bias=False) for _ in range(2))
-        self.gain = nn.Linear(D, size)
-        zero(self.gain, self.plain if as_head else self.plain.linear)
+        self.down, self.up = (nn.Linear(size, size, bias=False) for _ in range(2))   # C, B
+        self.gain = nn.Linear(D, size)                                   # g
+        zero(self.gain)
         nn.init.ones_(self.gain.bias)
         nn.init.eye_(self.down.weight)
         nn.init.eye_(self.up.weight)
+        if as_head:
+            self.plain = nn.Linear(D, size)                              # W
+            zero(self.plain)
 
     def forward(self, x_t, s, time, c):
+        """x_t (B, 3, H, W), s (B, N, D), time and c (B, D) -> (B, 3, H, W)"""
+        c = F.silu(s + time[:, None]) if self.as_head else c[:, None]    # (B, N or 1, D)
         patches = patchify(x_t, self.P).flatten(2)                       # (B, N, 3PP)
+        pixels = self.up(self.gain(c) * self.down(patches))              # (B, N, 3PP)
         if self.as_head:
-            c = F.silu(s + time[:, None])                                # (B, N, D)
-            pixels = self.plain(c)
-        else:
-            pixels = patchify(self.plain(x_t, s, time, c), self.P).flatten(2)
-            c = c[:, None]                                               # (B, 1, D)
-        pixels = pixels + self.up(self.gain(c) * self.down(patches))     # (B, N, 3PP)
+            pixels = pixels + self.plain(c)
         return unpatchify(pixels.unflatten(2, (3, self.P, self.P)), x_t.shape[-2:])
 
 
-class Both(nn.Module):
-    """A last layer and a head, added; the head and DiT's last layer give 0 at first."""
+class Sum(nn.Module):
+    """Outputs, added.  DiT's last layer and a head among them give 0 at first."""
 
-    def __init__(self, config, plain=FinalLayer):
+    def __init__(self, config, parts):
         super().__init__()
-        self.plain, self.detailer = plain(config), PatchDetailerHead(config)
-        zero(self.detailer.head.out)
-        if plain is FinalLayer:
-            zero(self.plain.linear)
+        self.parts = nn.ModuleList(part(config) for part in parts)
+        for part in self.parts:
+            if isinstance(part, FinalLayer):
+                zero(part.linear)
+            elif isinstance(part, PatchDetailerHead):
+                zero(part.head.out)
 
     def forward(self, *inputs):
-        return self.plain(*inputs) + self.detailer(*inputs)
+        return sum(part(*inputs) for part in self.parts)
 
 
 PATH_HEAD = partial(LinearPath, as_head=True)
-OUTPUTS = {"linear path": LinearPath, "linear path, head": PATH_HEAD, "U-Net + last layer": Both,
-           "U-Net + linear path": partial(Both, plain=LinearPath),
-           "U-Net + linear path, head": partial(Both, plain=PATH_HEAD)}
-NETWORKS = {"scalar path": ScalarPath, "no head, starts at x_t": StartsAtNoise}
+OUTPUTS = {"no head, starts at x_t": (FinalLayer, NoisyImage),
+           "linear path": (FinalLayer, LinearPath),
+           "linear path, head": (PATH_HEAD,),
+           "U-Net + last layer": (FinalLayer, PatchDetailerHead),
+           "U-Net + linear path": (FinalLayer, LinearPath, PatchDetailerHead),
+           "U-Net + linear path, head": (PATH_HEAD, PatchDetailerHead)}
 
 
 def build(name, config):
     """The network that a model's name stands for."""
-    net = NETWORKS.get(name, DiP)(config)
+    net = (ScalarPath if name == "scalar path" else DiP)(config)
     if name in OUTPUTS:
-        net.output = OUTPUTS[name](config)
+        net.output = Sum(config, OUTPUTS[name])
     elif name == "U-Net, blind":             # it sees the token alone
         net.output.head.register_forward_pre_hook(lambda head, inputs: (0 * inputs[0], inputs[1]))
     elif name == "U-Net, last layer from 0":
@@ -174,10 +174,10 @@ def models(base, rates, data="shapes", steps=(500,), measure=None, **training):
 REGIMES = {"narrow": NARROW, "wide": WIDE}
 PATCHES = {P: WIDE.replace(patch_size=P) for P in (4, 8, 16)}
 OF_64 = PATCHES[4].replace(image_size=64, hidden_size=72, num_heads=3)   # the paper's geometry
+paths = partial(models, steps=(2000,), cooldown=0.3)
 PATHS = dict.fromkeys(("U-Net", "no head", "scalar path", "linear path", "linear path, head",
                        "U-Net + linear path"))
-MORE_PATHS = PATHS | {"U-Net, blind": 3e-3} | dict.fromkeys(     # blind: the U-Net's rate on shapes
-    ("no head, starts at x_t", "no head, predicts x", "coordinate"))
+CONTROLS = PATHS | dict.fromkeys(("no head, starts at x_t", "no head, predicts x", "coordinate"))
 BOTH = {"no head": 6e-3, "U-Net": 3e-3}
 FOUR = BOTH | {"U-Net + last layer": 6e-3, "deeper": 6e-3}
 PLACES = BOTH | {"U-Net between blocks": 3e-3, "U-Net in both places": 3e-3}
@@ -219,9 +219,13 @@ RECIPES = {              # of drawn shapes: the steps of ten minutes of CPU time
     "photos, rate 1.5e-3, patches of 4, longer": recipe(**OF_4 | dict(steps=6000))}
 
 EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; the first of a group: its reference
-    "paths": {f"{regime}, {data}": models(REGIMES[regime], names, data, (2000,), cooldown=0.3)
-              for data in ("shapes", "photos")
-              for regime, names in (("narrow", PATHS), ("wide", MORE_PATHS))},
+    "paths": {
+        "narrow, shapes": paths(NARROW, PATHS),
+        "wide, shapes": paths(WIDE, CONTROLS | {"U-Net, blind": 3e-3}),          # the U-Net's rate
+        "narrow, photos": paths(NARROW, PATHS, "photos"),
+        "wide, photos": paths(WIDE, CONTROLS | {"U-Net, blind": 1.5e-3}, "photos"),
+        "photos of 64": paths(OF_64, dict.fromkeys(("U-Net", "no head", "linear path")), "photos",
+                              steps=(10_000,), batch_size=8, micro_batch=8)},
     "recipes": RECIPES,
     "crossover": {f"{D} of 48": models(PATCHES[4].replace(hidden_size=D, num_heads=num_heads),
                                        {"no head": 6e-3, "U-Net": 6e-3}, steps=(1000,))

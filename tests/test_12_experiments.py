@@ -141,7 +141,7 @@ def test_a_linear_path_begins_as_the_noisy_image_and_is_linear_in_its_own_patch(
     that adds the token from the start."""
     net, x, v = run_model(name)
     torch.testing.assert_close(v, x, rtol=1e-5, atol=1e-5)
-    layer, D = net.output, SMALL.hidden_size
+    layer, D = net.output.parts[-1], SMALL.hidden_size
     for weight in (layer.down.weight, layer.up.weight, layer.gain.weight):
         torch.nn.init.normal_(weight, std=0.1)
     s, time, c = torch.randn(2, 16, D), torch.randn(2, D), torch.randn(2, D)
@@ -169,7 +169,7 @@ def test_the_scalar_path_is_the_best_guess_from_one_pixel():
 def test_a_dit_that_starts_at_x_t_adds_its_last_layer():
     net, x, v = run_model("no head, starts at x_t")
     torch.testing.assert_close(v, x)
-    torch.nn.init.ones_(net.output.linear.bias)
+    torch.nn.init.ones_(net.output.parts[0].linear.bias)
     torch.testing.assert_close(net(x, torch.ones(2), torch.zeros(2, dtype=torch.long)), x + 1)
 
 
@@ -181,15 +181,17 @@ def test_a_blind_unet_sees_the_token_alone():
     assert torch.equal(v, blank) and not torch.equal(v, net.output(x, 2 * s, time, c))
 
 
-def test_head_beside_the_last_layer_starts_at_zero_and_is_the_sum_of_both():
-    net, x, v = run_model("U-Net + last layer")
-    assert not v.any()
-    both, parts = net.output, []
-    for layer in (both.plain.linear, both.detailer.head.out):
-        torch.nn.init.normal_(layer.weight)
-    for net.output in (both, both.plain, both.detailer):
-        parts.append(net(x, torch.ones(2), torch.zeros(2, dtype=torch.long)))
-    torch.testing.assert_close(parts[0], parts[1] + parts[2], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", ["U-Net + last layer", "U-Net + linear path"])
+def test_outputs_are_added_and_the_head_and_the_last_layer_give_0_at_first(name):
+    net, x, v = run_model(name)
+    torch.testing.assert_close(v, x if "path" in name else 0 * x, rtol=1e-5, atol=1e-5)
+    whole, sums = net.output, []
+    torch.nn.init.normal_(whole.parts[0].linear.weight)
+    torch.nn.init.normal_(whole.parts[-1].head.out.weight)
+    for net.output in (whole, *whole.parts):
+        sums.append(net(x, torch.ones(2), torch.zeros(2, dtype=torch.long)))
+    assert all(part.any() for part in sums)
+    torch.testing.assert_close(sums[0], sum(sums[1:]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [
