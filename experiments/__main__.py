@@ -75,9 +75,14 @@ def fill(page):
     """The page with its tables, each between <!-- NAME --> and <!-- end -->."""
     def written(match):
         name = match[1]
-        found = report.answer() if name == "answer" else report.table(
-            EXPERIMENTS[name], report.read_rows(name), ("loss", "frechet"), last=True)
-        return f"<!-- {name} -->\n\n{found}\n\n<!-- end -->"
+        if name == "answer":
+            text = report.answer()
+        else:                                # of all groups, the models of the first
+            first, *_ = EXPERIMENTS[name].values()
+            groups = {group: {model: models[model] for model in first if model in models}
+                      for group, models in EXPERIMENTS[name].items()}
+            text = report.table(groups, report.read_rows(name), ("loss", "frechet"), last=True)
+        return f"<!-- {name} -->\n\n{text}\n\n<!-- end -->"
 
     return re.sub(r"(?s)<!-- (\w+) -->\n.*?<!-- end -->", written, page)
 

@@ -1,5 +1,5 @@
 """
-Fig. 4 and 8: do the tokens of a DiP separate the classes better than those of a DiT-only?
+Fig. 4 and 8: do the tokens of a DiP separate the classes better than those of a DiT without a head?
 
 The tokens after the last block, averaged over the image, of noisy held-out images (t = 0.3) without
 a label.  Accuracy: of a ridge regression to one-hot labels, fitted to tokens of training images.
@@ -37,7 +37,7 @@ def probe(x, y, x_new, y_new):
     return float(((x_new @ weights + share).argmax(axis=1) == y_new).mean())
 
 
-def measure(lab, name, model, net):
+def measure(lab, model, net):
     training, held_out = lab.data(model.data, model.config.image_size)
     x, y = tokens(net, training, 60 if lab.quick else 1000)
     return dict(probe=probe(x, y, *tokens(net, held_out, 60 if lab.quick else 500)))

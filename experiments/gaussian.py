@@ -29,7 +29,7 @@ def draw_image(index):
 
 
 @torch.no_grad()
-def measure(lab, name, model, net):
+def measure(lab, model, net):
     """E |v - v*|^2 a value, over 1000 fresh images."""
     n, found = 32 if lab.quick else 1000, {}
     for t in TIMES:

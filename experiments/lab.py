@@ -1,27 +1,26 @@
 """
-The laboratory trains models alike and measures them alike.
+The laboratory trains and measures all models in the same way.
 
 Models that are compared see the same images, times and noise, which depend on the seed alone.  The
-learning rate is constant unless the model says otherwise, so a training of 2000 steps passes
-through that of 500.  Measured, of the EMA weights (an average over about the last tenth):
+learning rate is constant unless the model says otherwise, so a run of 2000 steps begins with the
+run of 500.  We measure the EMA weights (an average over about the last tenth of the training):
 
     loss        flow matching loss, Eq. (5), of 500 held-out images with fixed times and noise
-    loss_by_t   the same in tenths of t
+    loss_by_t   the same, per tenth of t
     detail      the loss of those images whose t is below 0.3, about a fifth of them
     frechet     Frechet distance of 1000 samples, half of them from each of two sampling seeds, to
                 held-out images, in 64 features of a small classifier, the judge
     recognised  fraction of the samples that the judge assigns to the requested class
-    seam        the mean step between neighbouring pixels across patch borders over that inside
-                patches, in samples, over the same in held-out images, minus 1; without its sign
+    seam        |c(samples) / c(held-out images) - 1|, where c is the mean |step| between
+                neighbouring pixels across patch borders over that inside patches
 """
 
 import math
 import platform
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torch.utils.data import Subset, default_collate
 from tqdm import tqdm
 
 import train
-from dip import DiP
+from dip import DiP, DiPConfig
 from experiments.report import RATE_SEED, SEEDS, find, rates_of
 from experiments.speed import cost
 from fid import frechet_distance
@@ -40,7 +39,20 @@ from sample import find_checkpoint, generate, load_model, locked, start_processe
 TRAINING = dict(batch_size=16, micro_batch=16, warmup=50, cooldown=0.0, time_mean=0.0, workers=0,
                 sample_every=0, save_every=500, keep=1, log_every=100)
 SAMPLING = dict(sampler="ab2", steps=12)     # without guidance
-RATES = 3e-3, 6e-3, 1.2e-2                   # tried for models that name none
+RATES = 3e-3, 6e-3, 1.2e-2                   # tried for models that have none
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that a row of results depends on, except its seed."""
+
+    config: DiPConfig
+    lr: float | None = 3e-3                  # None: tuned on seed 9
+    data: object = "shapes"                  # or "photos", or a data set like train.Shapes
+    build: object = DiP                      # makes the network from the configuration
+    training: dict = field(default_factory=dict)             # changes to TRAINING
+    steps: tuple = (500,)                    # after which it is measured
+    measure: object = None                   # measure(lab, model, net); None: losses and samples
 
 
 class Drawn:
@@ -70,7 +82,8 @@ def seam_contrast(images, P):
 
 
 class Judge:
-    """A small classifier, trained on images with a little noise: exact pixels do not matter."""
+    """A small classifier, trained on images with a little noise, so that exact pixel values do not
+    matter."""
 
     def __init__(self, training, validation, steps):
         widths, layers = [3, 16, 32, 64, 64], []
@@ -91,13 +104,13 @@ class Judge:
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         self.net.eval()
         self.real, labels = (x.numpy() for x in default_collate(validation))
-        classes, self.moments = self.look(self.real)
+        classes, self.moments = self.predict(self.real)
         self.accuracy = float((classes == labels).mean())
 
     @torch.no_grad()
-    def look(self, images):
-        """uint8 (n, H, W, 3) -> classes (n,), and of the last maps, averaged over the image: mean
-        (64,) and covariance (64, 64)"""
+    def predict(self, images):
+        """uint8 (n, H, W, 3) -> classes (n,), (mean (64,), covariance (64, 64)) of the last feature
+        maps, averaged over the image"""
         maps = torch.cat([self.net[:-3](train.to_model(torch.from_numpy(part), "cpu"))
                           for part in np.array_split(images, 10)])
         features = maps.mean(dim=(2, 3)).double().numpy()
@@ -105,16 +118,16 @@ class Judge:
                 (features.mean(axis=0), np.cov(features, rowvar=False)))
 
     def measure(self, images, P):
-        """Every measure of samples, of class i mod 10 in turn."""
-        classes, moments = self.look(images)
+        """All measures of samples; sample i was requested as class i mod 10."""
+        classes, moments = self.predict(images)
         return dict(frechet=frechet_distance(*self.moments, *moments),
                     recognised=float((classes == np.arange(len(images)) % 10).mean()),
                     seam=float(abs(seam_contrast(images, P) / seam_contrast(self.real, P) - 1)))
 
 
 def next_rate(tried):
-    """The rate to try after {rate: loss}: one of RATES, then one beyond the edge if the best lies
-    there; None when that is done."""
+    """The rate to try after {rate: loss}, or None.  First all of RATES; then, if the best is at an
+    edge, one beyond it."""
     for lr in RATES:
         if lr not in tried:
             return lr
@@ -129,6 +142,7 @@ class Lab:
     def __init__(self, options):
         self.options, self.quick = options, options.quick
         self.device = start_processes(options.device)
+        # each data set is opened, and each judge trained, once
         self.data, self.judge = cache(self.data), cache(self.judge)
 
     def data(self, name, size):
@@ -141,7 +155,7 @@ class Lab:
 
     def judge(self, name, size):
         training, validation = self.data(name, size)
-        if name == "photos" and not self.quick:
+        if name == "photos" and not self.quick:              # the files are sorted by class
             order = np.random.default_rng(1).permutation(len(training)).tolist()
             training, steps = Subset(training, order), 600
         else:                                                # drawings that no model has seen
@@ -150,8 +164,7 @@ class Lab:
         return Judge(training, [validation[k] for k in range(count)], steps)
 
     def train(self, model, out, seed, steps):
-        """The averaged model after so many steps.  A training that was stopped, or shorter, goes
-        on where it ended."""
+        """Train for so many steps and return the EMA network.  Resumes a stopped or shorter run."""
         config, data = model.config, model.data
         if isinstance(data, str):
             data = self.data(data, config.image_size)[0]
@@ -182,24 +195,24 @@ class Lab:
         return judge.measure(np.concatenate(images), model.config.patch_size)
 
     def measure(self, given):
-        """Every measure of a checkpoint of the drawn shapes."""
+        """All measures of a checkpoint that was trained on the drawn shapes."""
         path = find_checkpoint(given)
         net, info = load_model(path, self.device)
         if info["classes"] != train.Shapes.classes:
             raise ValueError(f"{path} was not trained on the drawn shapes")
-        model = SimpleNamespace(data="shapes", config=net.config, build=DiP)
+        model = Model(net.config)
         return path, self.losses(model, net) | self.judge_samples(model, net)
 
     def losses(self, model, net):
-        """Of held-out images; and the size of the model."""
+        """Losses of held-out images, and the size of the network."""
         held_out = self.data(model.data, model.config.image_size)[1]
-        sums = train.validate(net, held_out, limit=10 if self.quick else 500)
+        sums = train.validate(net, held_out, limit=10 if self.quick else 500)    # by tenths of t
         parameters, flops = (0, 0) if self.quick else cost(net.config, model.build)
         return dict(**train.mean_losses(sums), parameters=parameters, gflops=flops / 1e9,
                     detail=(sums[0, :3].sum() / sums[2, :3].sum()).item())
 
     def row(self, experiment, group, name, model, seed, steps):
-        """Train and measure; a loss of None where the training diverged."""
+        """Train and measure.  The loss is None if the training diverged."""
         machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
         row = dict(group=group, model=name, machine=machine, seed=seed, steps=steps, lr=model.lr)
         words = re.findall(r"[\w.]+", f"{experiment} {group} {name} {model.lr} {seed}")
@@ -209,7 +222,7 @@ class Lab:
         except FloatingPointError:
             return row | dict(loss=None)
         if model.measure:
-            return row | model.measure(self, name, model, net)
+            return row | model.measure(self, model, net)
         row |= self.losses(model, net)
         if seed != RATE_SEED and (steps >= 2000 or steps == model.steps[-1]):
             row |= self.judge_samples(model, net)
@@ -217,19 +230,23 @@ class Lab:
 
     def missing(self, experiment, groups, rows):
         """Yields the rows that an experiment lacks.  A model without a learning rate gets the best
-        of RATES on seed 9.  Models of photos are left out without --photos."""
-        places = [(group, name) for group in groups for name in groups[group]
-                  if groups[group][name].data != "photos" or self.options.photos]
-        if self.quick:
-            places = [place for place in places if place[0] == places[0][0]]
+        one on seed 9.  Models of photos are left out without --photos."""
+        models = [(group, name, model) for group, of_group in groups.items()
+                  for name, model in of_group.items()
+                  if model.data != "photos" or self.options.photos]
+        if self.quick:                       # the first group, at any rate, after the last step
+            models = [(group, name, replace(model, lr=model.lr or 3e-3, steps=model.steps[-1:]))
+                      for group, name, model in models if group == models[0][0]]
         for seed in SEEDS[:1] if self.quick else SEEDS:
-            for group, name in places:
-                model, tried = groups[group][name], rates_of(rows, group, name)
-                while not (model.lr or self.quick) and (lr := next_rate(tried)):
-                    row = self.row(experiment, group, name, replace(model, lr=lr), RATE_SEED, 1000)
-                    tried[lr] = row["loss"] or math.inf
-                    yield row
-                lr = model.lr or min(tried, key=tried.get, default=3e-3)
-                for steps in model.steps[-1 if self.quick else 0:]:
+            for group, name, model in models:
+                if model.lr is None:
+                    tried = rates_of(rows, group, name)
+                    while lr := next_rate(tried):
+                        row = self.row(experiment, group, name, replace(model, lr=lr), RATE_SEED,
+                                       steps=1000)
+                        tried[lr] = row["loss"] or math.inf
+                        yield row
+                    model = replace(model, lr=min(tried, key=tried.get))
+                for steps in model.steps:
                     if not find(rows, group=group, model=name, seed=seed, steps=steps):
-                        yield self.row(experiment, group, name, replace(model, lr=lr), seed, steps)
+                        yield self.row(experiment, group, name, model, seed, steps)

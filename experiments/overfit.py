@@ -1,5 +1,5 @@
 """
-Fig. 3: does a DiT-only learn a single image?
+Fig. 3: does a DiT without a head learn a single image?
 
 The photo is Grace Hopper's (public domain, in matplotlib).  PSNR: of four samples against it.
 """
@@ -23,11 +23,12 @@ def psnr(images, truth):
     return float((10 * np.log10(255**2 / errors)).mean())
 
 
-def measure(lab, name, model, net):
+def measure(lab, model, net):
     """The PSNR; the first sample is kept for draw()."""
     images = lab.sample(net, 4)
+    head = "no head" if model.config.head == "none" else "U-Net"
     width = "wide" if model.config.hidden_size > 3 * model.config.patch_size**2 else "narrow"
-    plt.imsave(Path(lab.options.runs, f"{name}, {width}.png"), images[0])
+    plt.imsave(Path(lab.options.runs, f"{head}, {width}.png"), images[0])
     return dict(psnr=psnr(images, PHOTO))
 
 

@@ -1,10 +1,11 @@
 """
 From measured rows to tables and figures.
 
-A row of results/NAME.json is one training after some steps.  Seeds 0, 1 and 2 are judged; seed 9
-only chooses learning rates.  Models are compared in pairs of one seed, which see the same images,
-times and noise: the mean of the differences to the first model of the group ± its standard error.
-Bold: beyond three standard errors.  Of three seeds, chance does that in one comparison of ten.
+A row of results/NAME.json is one run, measured after some steps.  Seeds 0, 1 and 2 are judged; seed
+9 only chooses learning rates.  Models are compared seed by seed: a run minus that of the group's
+first model, which saw the same images, times and noise.  Tables show the mean ± standard error of
+these differences, in bold beyond three standard errors.  With three seeds, chance alone makes one
+comparison in ten bold.
 """
 
 import itertools
@@ -22,7 +23,7 @@ LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet dist
           "recognised": "recognised", "seam": "seam", "psnr": "PSNR, dB", "probe": "accuracy",
           "to_tree": "distance to the tree", "from_tree": "distance from the tree",
           **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
-ANSWER = {               # what the first table of the page compares
+ANSWER = {               # columns of the first table of README.md
     "ratio 0.33, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
     "wide, shapes, 2000 steps, cool-down": ("paths", "wide, shapes", 2000),
     "wide, photos, 2000 steps, cool-down": ("paths", "wide, photos", 2000),
@@ -40,13 +41,13 @@ def find(rows, **where):
 
 
 def by_seed(rows, measure, **where):
-    """{seed: figure} of the judged rows that agree with `where` and have it."""
+    """{seed: value} of a measure, from the judged rows that match `where`."""
     return {row["seed"]: row[measure] for row in find(rows, **where)
             if row["seed"] in SEEDS and row.get(measure) is not None}
 
 
 def differences(rows, measure, model, reference, **where):
-    """model - reference, one a seed that both have."""
+    """model - reference, for each seed that both have."""
     a, b = (by_seed(rows, measure, model=name, **where) for name in (model, reference))
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
@@ -57,17 +58,21 @@ def rates_of(rows, group, model):
             for row in find(rows, group=group, model=model, seed=RATE_SEED)}
 
 
-def format_mean(numbers, paired=False):
+def format_mean(values, paired=False):
     """Mean ± standard deviation; of paired differences, ± standard error, bold beyond three."""
-    if len(numbers) < 1 + paired:
+    n = len(values)
+    if n < 1 + paired:
         return "" if paired else "-"
-    mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if numbers[1:] else 0
-    spread /= math.sqrt(len(numbers)) if paired else 1
-    digits = ((spread, 1),) if paired else ((mean, 2), (spread, 0))      # after the first digit
-    n = max(0, *(d - math.floor(math.log10(abs(x))) for x, d in digits if x), 0)
-    text = f"{mean:{'+' * paired}.{n}f}" + f" ± {spread:.{n}f}" * bool(numbers[1:])
-    text += "" if numbers[2:] else f" ({len(numbers)} of 3)"
-    bold = "**" if paired and numbers[2:] and abs(mean) > 3 * spread else ""
+    mean, spread = statistics.mean(values), statistics.stdev(values) if n > 1 else 0
+    if paired:
+        spread /= math.sqrt(n)
+    # significant digits after the first: whichever needs more decimals decides
+    wanted = [(spread, 1)] if paired else [(mean, 2), (spread, 0)]
+    decimals = max([0, *(digits - math.floor(math.log10(abs(x))) for x, digits in wanted if x)])
+    text = f"{mean:+.{decimals}f}" if paired else f"{mean:.{decimals}f}"
+    text += f" ± {spread:.{decimals}f}" if n > 1 else ""
+    text += f" ({n} of 3)" if n < 3 else ""
+    bold = "**" if paired and n > 2 and abs(mean) > 3 * spread else ""
     return f"{bold}{text}{bold}".replace("-", "−")
 
 
@@ -77,48 +82,55 @@ def markdown(header, lines):
 
 
 def table(groups, rows, measures=tuple(LABELS), last=False):
-    """A line a model, after all numbers of steps or the last; a column a measure, and one of its
-    differences to the first model of the group."""
+    """One line per model and number of steps, or the last number only.  Two columns per measure:
+    its mean, and the difference to the first model of the group, if groups have several."""
     measures, lines = [m for m in measures if any(m in row for row in rows)], []
     references = {next(iter(models)) for models in groups.values()}
     reference = references.pop() if len(references) == 1 else "the first"
+    compared = max(len(models) for models in groups.values()) > 1
     for group, models in groups.items():
         first, *_ = models
         for steps in models[first].steps[-1 if last else 0:]:
             title = f"{group}, {steps} steps"
             for name in models:
                 where = dict(group=group, model=name, steps=steps)
-                found = [row for row in find(rows, **where) if row["seed"] in SEEDS]
-                if not found:
+                judged = [row for row in find(rows, **where) if row["seed"] in SEEDS]
+                if not judged:
                     continue
-                line = [title, name, f"{found[0].get('gflops', 0):.3f}"]
+                line = [title, name, f"{judged[0]['gflops']:.3f}" if "gflops" in judged[0] else "-"]
                 for m in measures:
-                    pairs = differences(rows, m, reference=first, **where)
-                    line += [format_mean(list(by_seed(rows, m, **where).values())),
-                             format_mean(pairs, paired=True) if name != first else ""]
-                lines, title = lines + [line], ""
-    columns = [label for m in measures for label in (LABELS[m], f"minus {reference}")]
-    return markdown(["models", "", "GFLOPs", *columns], lines)
+                    line.append(format_mean(by_seed(rows, m, **where).values()))
+                    if compared:
+                        pairs = differences(rows, m, reference=first, **where)
+                        line.append(format_mean(pairs, paired=True) if name != first else "")
+                lines.append(line)
+                title = ""
+    columns = [label for m in measures
+               for label in (LABELS[m], f"minus {reference}")[:1 + compared]]
+    return markdown(["group", "model", "GFLOPs", *columns], lines)
 
 
 def rates_table(groups, rows):
     """Loss on seed 9 at each learning rate, if some were tried."""
     rates, lines = sorted({row["lr"] for row in find(rows, seed=RATE_SEED)}), []
-    for group, name in ((group, name) for group in groups for name in groups[group]):
-        losses = rates_of(rows, group, name)
-        cells = [f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates]
-        lines += [[group, name, *cells]] if losses else []
-    found = markdown(["group", "model", *map("{:g}".format, rates)], lines)
-    return f"\nLoss on seed 9 at each learning rate:\n\n{found}\n" if rates else ""
+    for group, models in groups.items():
+        for name in models:
+            losses = rates_of(rows, group, name)
+            if losses:
+                cells = [f"{losses[lr]:.4f}" if lr in losses else "-" for lr in rates]
+                lines.append([group, name, *cells])
+    text = markdown(["group", "model", *map("{:g}".format, rates)], lines)
+    return f"\nLoss on seed 9 at each learning rate:\n\n{text}\n" if rates else ""
 
 
 def answer():
-    """U-Net minus no head: a line a measure, in its own units."""
-    return markdown(["U-Net minus no head", *ANSWER], [
-        [LABELS[m], *(format_mean(differences(read_rows(name), m, "U-Net", "no head", group=group,
-                                              steps=steps), paired=True)
-                      for name, group, steps in ANSWER.values())]
-        for m in ("loss", "detail", "frechet", "recognised", "seam")])
+    """U-Net minus no head: one line per measure, in its own units."""
+    lines = []
+    for m in ("loss", "detail", "frechet", "recognised", "seam"):
+        pairs = [differences(read_rows(name), m, "U-Net", "no head", group=group, steps=steps)
+                 for name, group, steps in ANSWER.values()]
+        lines.append([LABELS[m], *(format_mean(pair, paired=True) for pair in pairs)])
+    return markdown(["U-Net minus no head", *ANSWER], lines)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -126,18 +138,18 @@ def answer():
 
 
 def dots(rows, groups, measures=("loss", "frechet")):
-    """A panel for each measure and group: a line a model, a dot a seed, after the last step."""
+    """A panel for each measure and group: one line per model, one dot per seed, last step."""
     names = list(dict.fromkeys(row["model"] for row in rows if row["group"] in groups))
     figure, panels = plt.subplots(len(measures), len(groups), sharey=True, layout="constrained",
                                   squeeze=False, figsize=(11, 0.45 * len(names) + 1.8))
     for axes, (measure, group) in zip(panels.flat, itertools.product(measures, groups)):
         steps = max(row["steps"] for row in find(rows, group=group))
-        found = [list(by_seed(rows, measure, group=group, model=name, steps=steps).values())
-                 for name in names]
-        for place, figures in enumerate(found):
-            axes.plot(figures, [place] * len(figures), "o", alpha=0.7, markersize=5)
+        values = [list(by_seed(rows, measure, group=group, model=name, steps=steps).values())
+                  for name in names]
+        for place, of_model in enumerate(values):
+            axes.plot(of_model, [place] * len(of_model), "o", alpha=0.7, markersize=5)
         axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=LABELS[measure])
-        wide = max(sum(found, [])) > 4 * min(sum(found, []))
+        wide = max(sum(values, [])) > 4 * min(sum(values, []))
         axes.set_xscale("log" if wide else "linear")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -150,15 +162,15 @@ def dots(rows, groups, measures=("loss", "frechet")):
 
 
 def crossover(rows):
-    """Losses and distance over the width of tokens, with the least loss that a token allows."""
+    """Losses and distance over the width of tokens.  Dashed: the least loss without a head."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     widths = {row["group"]: int(row["group"].split()[0]) / 48 for row in rows}
     for axes, measure in zip(panels, ("loss", "detail", "frechet")):
         for name, colour in (("no head", "C1"), ("U-Net", "C0")):
-            found = [list(by_seed(rows, measure, group=group, model=name).values())
-                     for group in widths]
-            axes.plot(widths.values(), found, "o", color=colour, alpha=0.4, markersize=4)
-            axes.plot(widths.values(), np.mean(found, axis=1), color=colour, label=name)
+            values = [list(by_seed(rows, measure, group=group, model=name).values())
+                      for group in widths]
+            axes.plot(widths.values(), values, "o", color=colour, alpha=0.4, markersize=4)
+            axes.plot(widths.values(), np.mean(values, axis=1), color=colour, label=name)
         for ratio, name in ((0.375, "DiP-XL/32"), (1.5, "DiP-XL/16")):
             axes.axvline(ratio, color="grey", linestyle=":")
             axes.text(ratio, 1.01, name, transform=axes.get_xaxis_transform(), size=8, ha="center")

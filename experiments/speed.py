@@ -2,7 +2,7 @@
 What a head costs.
 
     python -m experiments.speed --presets                      # the table of presets in the README
-    python -m experiments.speed DiT-XL/16 DiP-XL/16 --train    # measure passes, in turns
+    python -m experiments.speed DiT-XL/16 DiP-XL/16 --train    # time passes; models take turns
     python -m experiments.speed --plan DiP-XL/16 DiP-B/16      # predict the memory of training
 
 A prediction runs a training step under bf16 autocast on fake tensors, which have no values.
@@ -58,11 +58,11 @@ def plan(config, micro_batch, grad_checkpoint):
         model = DiP(config)
         ema = [torch.empty_like(p) for p in model.parameters()]
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-        for p in model.parameters():         # its moments are there from the first step on
+        for p in model.parameters():         # the first step creates Adam's moments
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
-        train.prepare(model, train.parse(["--grad-checkpoint"] * grad_checkpoint))
+        train.prepare(model, train.parse(["--grad-checkpoint"] if grad_checkpoint else []))
         x = torch.empty(micro_batch, 3, config.image_size, config.image_size)
         y, t = torch.zeros(micro_batch, dtype=torch.long), torch.ones(micro_batch)
         memory = MemTracker()
@@ -84,14 +84,14 @@ def print_plan(names, B):
 
 
 def clock(device):
-    """Seconds, after the kernels that are queued."""
+    """Time in seconds, once all queued kernels are done."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def seconds(model, options, device):
-    """Of the forward pass of the loss, and of the backward pass with --train."""
+    """Time one forward pass of the loss, and its backward pass with --train."""
     B, size = options.batch, model.config.image_size
     x, t = torch.ones(B, 3, size, size, device=device), torch.full((B,), 0.5, device=device)
     start = clock(device)
@@ -110,13 +110,13 @@ def products(one_pass, device):
     kind = "cpu" if device.type == "cpu" else "device"
     times = {event.key: getattr(event, f"self_{kind}_time_total")
              for event in profiler.key_averages() if event.key.startswith("aten::")}
-    part = sum(time for name, time in times.items()
+    part = sum(microseconds for name, microseconds in times.items()
                if name.endswith("mm") or "conv" in name or "attention" in name)
     return part / sum(times.values())
 
 
 def measure(options, device):
-    """A line a preset.  Models take turns: whatever else the machine does touches all of them."""
+    """One line per preset.  Models take turns, so other load slows all of them alike."""
     models = [train.prepare(DiP(PRESETS[name]).to(device), options) for name in options.models]
     turns = [[seconds(model, options, device) for model in models] for _ in range(options.repeat)]
     parts = [products(lambda: seconds(model, options, device), device) for model in models]

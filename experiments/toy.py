@@ -67,7 +67,7 @@ class ToyNet(nn.Module):
 
 
 @torch.no_grad()
-def measure(lab, name, model, net):
+def measure(lab, model, net):
     """Mean distance of samples to the tree, and of points of the tree to the nearest sample."""
     n = 100 if lab.quick else 4000
     noise, net = torch.randn(n, 2, 1, 1, generator=random_stream("tree")), net.cpu()

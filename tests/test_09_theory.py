@@ -310,8 +310,8 @@ def test_the_table_of_tokens_is_what_theory_and_trained_networks_give():
     rows = {name: np.array([cost[how] for cost in costs]) for how, name in (
         ("v", "theory, v from a token of 32"), ("x", "theory, x_0 from a token of 32"),
         ("skip", "theory, linear skip, token of 32"))}
-    for model in ("DiT-only", "DiP"):
-        rows[f"trained {model[:3]}, v, tokens of 32"] = np.mean([
+    for model, label in (("no head", "DiT"), ("U-Net", "DiP")):
+        rows[f"trained {label}, v, tokens of 32"] = np.mean([
             [row[f"excess at t = {t}"] for t in TIMES] for row in found
             if (row["model"], row["group"]) == (model, "tokens of 32")], axis=0)
     for name, values in rows.items():
