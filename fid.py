@@ -109,7 +109,7 @@ def precision_recall(real, fake, k=3, half=False, block=1000):
     Precision is the fraction of fake points in a ball around some real point.  Recall is the
     fraction of real points in a ball around some fake point.  A ball reaches to the k-th nearest
     neighbour in its own set.  real (N, d), fake (M, d) -> two floats.  half: with ADM's float16
-    rounding.  `block` rows at a time need 200 MB for 50,000 points.
+    rounding.  With it, `block` rows against 50,000 points take 0.8 GB.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if min(len(real), len(fake)) <= k:
@@ -329,6 +329,7 @@ def read_image(path, crop=None):
             raise ValueError(f"{image.width} x {image.height} pixels would need gigabytes")
         if "transparency" in image.info and image.tile[0].args in ("L;2", "L;4", "RGB;16B"):
             raise ValueError("Pillow misreads this transparency; save it with an alpha channel")
+        image.load()                         # broken pixels are an error the first time only
         with suppress(Exception):            # broken EXIF says nothing of the image
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):

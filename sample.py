@@ -29,7 +29,7 @@ import sys
 import traceback
 import warnings
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -363,8 +363,9 @@ def parse(argv=None):
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     options = parser.parse_args(argv)
-    words = ["samples", *map("class{}".format, options.classes[:9]), f"seed{options.seed}.png"]
-    default = "samples.npz" if options.num_samples else re.sub(r"[^\w.-]+", "-", "-".join(words))
+    words = "-".join(["samples", *map("class{}".format, options.classes[:9])])
+    words = re.sub(r"[^\w.-]+", "-", words).encode()[:150].decode(errors="ignore")
+    default = "samples.npz" if options.num_samples else f"{words}-seed{options.seed}.png"
     options.out = Path(options.out or default)
     options.settings = {name: getattr(options, name) for name in (
         "seed", "size", "sampler", "steps", "cfg", "interval")}      # what generate() needs
@@ -495,16 +496,20 @@ def check_finite(weights):
                              f"again with a lower --lr")
 
 
+CHECKPOINT = "ckpt-" + 8 * "[0-9]" + ".pt"   # of train.py; a user's copy has another name
+
+
 def find_checkpoint(given=None):
     """Path of a checkpoint: the file given, or the newest below the folder given or runs/, or our
     own small weights."""
     path = Path("runs" if given is None else given)
     if given is not None and not path.is_dir():
         return path
-    newest = max(path.glob("**/ckpt-*.pt"), key=lambda found: found.stat().st_mtime, default=None)
+    paths = [*path.glob(f"**/{CHECKPOINT}"), *path.glob(f"*/{CHECKPOINT}")]      # also in links
+    newest = max(paths, key=lambda found: found.stat().st_mtime, default=None)
     if newest is None and given is not None:
         files = [str(file) for file in sorted(path.rglob("*")) if file.is_file()]
-        raise ValueError(f"no ckpt-*.pt of train.py under {path}; give a file of weights, or "
+        raise ValueError(f"no ckpt-STEP.pt of train.py under {path}; give a file of weights, or "
                          f"train; it holds {', '.join(files[:5]) or 'no file'}")
     return newest_intact(newest.parent) if newest else OUR_WEIGHTS
 
@@ -515,7 +520,7 @@ def newest_intact(folder, verify=False):
     Names the damaged ones that it skips.  Raises ValueError if all are damaged.
     verify: also compare every byte with the checksums in the file, which torch.load does not do.
     """
-    paths = sorted(Path(folder).glob("ckpt-*.pt"), reverse=True)
+    paths = sorted(Path(folder).glob(CHECKPOINT), reverse=True)
     for path in paths:
         try:
             state = read_file(path)
@@ -753,6 +758,24 @@ def explain(error):
     return line if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
 
+class Terminal:
+    """A stream whose errors are ignored: a closed terminal or pipe must not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def run(main):
     """Run a command, then end its process and its loaders at once.  Exit code: what main() returns,
     or 1 after an error."""
@@ -762,6 +785,7 @@ def run(main):
         mallopt(-4, 0)                       # M_MMAP_MAX: a tenth of the small model's time
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # a console may lack a class's letters
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     code = 1
     try:
         code = main() or 0

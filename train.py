@@ -25,7 +25,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,9 @@ from tqdm import tqdm
 from dip import (PRESETS, REPA_WEIGHT, DiP, check_choice, drop_labels, flow_matching_loss,
                  logit_normal_time)
 from fid import list_images, read_image
-from sample import (Parser, autocast, blocks_of, check_finite, compile_blocks, draw_grid, generate,
-                    imagenet_names, in_one_line, is_system_error, load_model, locked,
-                    newest_intact, number, on_rank_0, random_stream, read_file, run,
+from sample import (CHECKPOINT, Parser, autocast, blocks_of, check_finite, compile_blocks,
+                    draw_grid, generate, imagenet_names, in_one_line, is_system_error, load_model,
+                    locked, newest_intact, number, on_rank_0, random_stream, read_file, run,
                     save_atomically, start_processes, text, to_uint8)
 
 # -------------------------------------------------------------------------------------------------
@@ -301,17 +301,18 @@ def save_checkpoint(model, ema, optimizer, options, data, step):
                  step=step, config=asdict(model.config), options=vars(options),
                  run=identity(model, options, data), classes=data.classes, names=data.names)
     save_atomically(path, lambda file: torch.save(state, file))
-    saved = [file for file in sorted(path.parent.glob("ckpt-*.pt"))
+    saved = [file for file in sorted(path.parent.glob(CHECKPOINT))
              if file <= path]                # later ones are damaged: the run resumed before them
     for old in saved[:-options.keep]:
         old.unlink(missing_ok=True)
 
 
 def identity(model, options, data):
-    """What must not change when a run is resumed."""
+    """What must not change when a run is resumed.  A single class has its folder's name, which may
+    change."""
     fixed = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
     return {**asdict(model.config), **{name: getattr(options, name) for name in fixed},
-            "classes": data.classes, "number of images": len(data)}
+            "classes": data.classes[1:] and data.classes, "number of images": len(data)}
 
 
 def resume(model, ema, optimizer, options, data):
@@ -343,9 +344,14 @@ def resume(model, ema, optimizer, options, data):
 
 
 def clean(out, step):
-    """Remove what a killed run left: half-written files, and lines of the log after `step`."""
-    for path in out.glob(".*.partial"):
+    """Remove what a killed run left: half-written files, and lines of the log after `step`.  A log
+    without a checkpoint may be another run's, so it is kept."""
+    for path in out.glob(".*.[0-9]*.partial"):
         path.unlink()
+    if not step and (log := out / "log.jsonl").exists():
+        with (out / "log.old.jsonl").open("ab") as old:
+            old.write(log.read_bytes())
+        log.unlink()
     kept = "".join(json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step)
     save_atomically(out / "log.jsonl", lambda file: file.write_text(kept))
 
@@ -357,13 +363,14 @@ ENDING_SIGNALS = [getattr(signal, name) for name in (        # sent by terminals
 @contextmanager
 def noted_signals():
     """Inside, a signal that ends a job is only noted, and the loop stops after the current step.
-    The same signal again, more than a second later, ends the process at once."""
+    The same signal again, more than a second later, ends the process between two operations."""
     noted = {}
 
     def note(number, _):
         if time.monotonic() - noted.setdefault(number, time.monotonic()) > 1:
             os._exit(128 + number)
-        os.write(2, b"\nstopping: finishing the step and saving first\n")  # print is not safe here
+        with suppress(OSError):              # the terminal may be gone; print is not safe here
+            os.write(2, b"\nstopping: finishing the step and saving first\n")
 
     handlers = {number: signal.signal(number, note) for number in ENDING_SIGNALS
                 if signal.getsignal(number) is not signal.SIG_IGN}       # nohup ignores SIGHUP
@@ -557,7 +564,7 @@ class ImageFolder:
     <root>/*.jpg, one class.  Raises ValueError for any other layout.
 
     Warns once of each unreadable image and uses the next one instead.  More than one, and more
-    than 1 % of what a process has read, is an error.
+    than 1 % of the folder, is an error; in a large folder, soon after the 1000th image read.
     """
 
     flip = True
@@ -582,7 +589,8 @@ class ImageFolder:
                 (len(splits) > 1, f"splits where classes should be: {', '.join(splits.values())}"),
                 (loose and folders, f"images beside folders: {', '.join(loose[:1] + folders[:1])}"),
                 (empty, f"folders without images: {', '.join(sorted(empty)[:5])}"),
-                (numbered, f"numbered folders, which look like shards: {', '.join(folders[:3])}"),
+                (numbered, f"numbered folders, which look like shards (if they are classes, put a "
+                           f"letter before each name): {', '.join(folders[:3])}"),
                 (nested, f"one folder of folders, {''.join(folders[:1])}: give that one itself?")):
             if holds:
                 raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
@@ -609,11 +617,12 @@ class ImageFolder:
                     tqdm.write(f"warning: {self.files[i]}: unreadable ({error}); the next image "
                                f"stands in for it", file=sys.stderr)
                 self.bad.add(i)
-                if len(self.bad) > max(1, self.read / 100):
+                if len(self.bad) > max(1, min(len(self), 1000 + self.read) / 100):
                     break
         names = ", ".join(self.files[i] for i in sorted(self.bad)[:5])
-        raise ValueError(f"--data {self.root}: {len(self.bad)} of the first {self.read} images are "
-                         f"unreadable, more than 1 %: {names}")
+        raise ValueError(f"--data {self.root}: {len(self.bad)} of the first "
+                         f"{min(self.read, len(self))} images are unreadable, more than 1 %: "
+                         f"{names}")
 
 
 def open_data(data, size):
@@ -633,7 +642,7 @@ def open_data(data, size):
     training = ImageFolder(root / "train", size)
     validation = ImageFolder(root / "val", size) if (root / "val").is_dir() else None
     differ = sorted(set(training.classes) ^ set(validation.classes)) if validation else ()
-    if differ:
+    if differ and len(training.classes + validation.classes) > 2:        # or two flat folders
         raise ValueError(f"--data {data}: train/ and val/ have different classes; only one of them "
                          f"has {', '.join(differ[:5])}.  Expected {LAYOUTS}")
     return training, validation
@@ -651,7 +660,7 @@ class Encoder:
         mean_and_std = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
         self.mean, self.std = torch.tensor(mean_and_std, device=device)[:, :, None, None]
         try:
-            net = torch.hub.load(repo, name, source=source)
+            net = torch.hub.load(repo, name, source=source, trust_repo=True)     # never ask
             self.net = net.to(device).eval().requires_grad_(False)
             self.dim = self(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
         except Exception as error:           # the repository's own code may raise anything

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def step_without_end():
         time.sleep(600)
 
     train.training_step = forever
+
+
+def close_the_terminal(terminal):
+    """Whatever is printed raises: EIO of a closed terminal, or EPIPE of a pipe (`| tee log`)."""
+    reader, writer = os.openpty() if terminal else os.pipe()
+    for number in (1, 2):
+        os.dup2(writer, number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    os.close(reader)
 
 
 def without_a_compiler():

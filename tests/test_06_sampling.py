@@ -381,6 +381,8 @@ def test_a_default_name_says_what_the_picture_shows():
                         (["--class", "7", "dotted ring", "--seed", "3"],
                          "samples-class7-classdotted-ring-seed3.png"), ([], "samples-seed0.png")):
         assert str(sample.parse(words).out) == name
+    long = sample.parse(["--class", *["\u00fc" * 40] * 9, "--seed", "7"]).out
+    assert len(long.name.encode()) < 200 and long.name.endswith("-seed7.png")
 
 
 @pytest.mark.parametrize("sampler, total", [("euler", 6), ("heun", 10)])
@@ -566,7 +568,13 @@ def test_the_newest_run_is_sampled_and_of_it_the_last_step(monkeypatch, trained,
     assert find_checkpoint() == find_checkpoint("runs") == newest
     assert find_checkpoint("runs/a") == path
     newest.with_name("ckpt-00000005.pt").write_bytes(b"half a file")
+    newest.with_name("ckpt-best.pt").write_bytes(b"a user's own copy")
     assert find_checkpoint() == newest
+    Path("elsewhere").mkdir()
+    shutil.copy(newest, "elsewhere")
+    os.utime("elsewhere/ckpt-00000004.pt", (5e9, 5e9))      # newer than the one just written
+    Path("runs/linked").symlink_to("../elsewhere")
+    assert find_checkpoint() == Path("runs/linked/ckpt-00000004.pt")
 
 
 def test_without_a_run_our_own_weights_are_used_and_the_command_says_so(

@@ -109,7 +109,7 @@ LAYOUTS = {          # as people download them: files -> classes, or what the me
                              "!found train/ beside b, c, d"),
     "YOLO": ("images/train/0.jpg labels/train/0.txt", "!folders without images: labels"),
     "EDM": ("00000/img00000000.png 00001/img00001000.png dataset.json", "!numbered folders"),
-    "FFHQ": ("00000/00000.png 01000/01000.png", "!numbered folders"),
+    "FFHQ": ("00000/00000.png 01000/01000.png", "!put a letter before each name): 00000, 01000"),
     "one level too many": ("archive/cats/0.jpg archive/dogs/0.jpg", "!folders, archive: give that"),
     "loose images": ("a/0.png b/0.png cover.png", "!images beside folders: cover.png, a"),
 }
@@ -147,6 +147,19 @@ def test_a_run_inside_its_own_data_is_refused(monkeypatch, tmp_path):
         assert f"--out {out} is inside --data {root}" in line and "choose another --out" in line
     assert sorted(os.listdir(data)) == ["a", "b"]
     run(monkeypatch, train, TINY, f"--steps 1 --data {data} --out {data}-run")   # beside is fine
+
+
+def test_a_folder_without_classes_may_be_moved(monkeypatch, tmp_path):
+    """Its name is its only class; resuming does not depend on it.  Nor need train/ and val/ be
+    links to folders of one name."""
+    for k in (1, 2):
+        data = place(tmp_path / f"job{k}", "0.png", "1.png")
+        run(monkeypatch, train, TINY, f"--steps {k} --data {data} --out {tmp_path}/run")
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    (tmp_path / "both").mkdir()
+    for split, name in (("train", "job1"), ("val", "job2")):
+        (tmp_path / "both" / split).symlink_to(tmp_path / name)
+    assert len(train.open_data(tmp_path / "both", 16)[1]) == 2
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_a_folder_without_a_checkpoint_is_listed(monkeypatch, tmp_path):
     """After a download the weights lie there under another name.  Catches a folder that is called
     empty, and a message that is cut before the way out."""
     assert "no checkpoint at nothing.pt" in error_line(monkeypatch, sample, "--ckpt nothing.pt")
-    answer = f"no ckpt-*.pt of train.py under {tmp_path}; give a file of weights, or train; it "
+    answer = f"no ckpt-STEP.pt of train.py under {tmp_path}; give a file of weights, or train; it "
     assert f"{answer}holds no file" in error_line(monkeypatch, sample, f"--ckpt {tmp_path}")
     for name in ("dip.ckpt", "config.json", "deep/down.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
