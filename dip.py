@@ -31,8 +31,8 @@ Conventions:
 
 The default network is the one the authors released (github.com/NJU-PCALab/DiP); `from_release`
 converts their weights.  Equations, tables and sections are those of the paper (arXiv 2511.18822).
-`# unspecified [name]:` marks a choice that the paper leaves open, `# differs [name]:` one against
-the paper's text.  The README lists both, with reasons.
+`# unspecified [name]:` marks a choice that the paper leaves open, `# differs [name]:` a departure
+from its text.  The README lists both, with reasons.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class DiPConfig:
     depth: int = 26              # L, transformer blocks
     num_heads: int = 16          # attention heads per block
     num_classes: int = 1000
-    head: str = "unet"           # Table 2: a name in HEADS, or none (DiT-only)
+    head: str = "unet"           # Table 2: a name in HEADS; "none" is DiT-only
     head_width: int = 0          # Fig. 10a: channels C; 0 = the head's own default
     head_depth: int = 0          # Fig. 10a: U-Net stages, or layers; 0 = the head's own default
     head_input: str = "patch"    # Fig. 11: patch or image
@@ -101,6 +101,12 @@ def unpatchify(patches, size):
 # Embeddings of time and of position
 
 
+def time_frequencies(device=None, dtype=torch.float32):
+    """w_k = 10^(-k/128), from 1 down to about 0.1; DiT's begin at 1000.  -> (128,)"""
+    # unspecified [time embedding]: as in the release and in DDT
+    return 10 ** (-torch.arange(128, device=device, dtype=dtype) / 128)
+
+
 class TimeEmbedding(nn.Module):
     """t as 128 cosines and 128 sines of different frequencies, then an MLP."""
 
@@ -114,15 +120,9 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
-def time_frequencies(device=None, dtype=torch.float32):
-    """w_k = 10^(-k/128), from 1 down to about 0.1; DiT's start at 1000.  -> (128,)"""
-    # unspecified [time embedding]: the release's, which comes from DDT
-    return 10 ** (-torch.arange(128, device=device, dtype=dtype) / 128)
-
-
 def rope_angles(rows, columns, d, device=None):
     """Rotary angles of a grid of tokens: d/4 from the row, d/4 from the column.  -> (N, d/2)"""
-    # unspecified [positions]: the release's; rows and columns run from 0 to 16 at every image size
+    # unspecified [positions]: as in the release, rows and columns run from 0 to 16 at every size
     frequencies = 10000 ** (-torch.arange(d // 4, device=device) / (d // 4))
     row, column = torch.meshgrid(torch.linspace(0, 16, rows, device=device),
                                  torch.linspace(0, 16, columns, device=device), indexing="ij")
@@ -194,7 +194,7 @@ class Block(nn.Module):
         self.adaLN = nn.Linear(condition_dim, 6 * D)
 
     def forward(self, s, c, rope):
-        """s (B, N, D), c (B, condition_dim) after its SiLU, rope as above -> (B, N, D)"""
+        """s (B, N, D), c (B, condition_dim), SiLU applied, rope as above -> (B, N, D)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)    # (B, D)
         s = s + gate1[:, None] * self.attention(modulate(self.norm1(s), shift1, scale1), rope)
         s = s + gate2[:, None] * self.mlp(modulate(self.norm2(s), shift2, scale2))
@@ -243,7 +243,7 @@ class UNetHead(nn.Module):
         inputs, outputs = [3, *down[:-1]], [*up[1:], C]
         self.down = nn.ModuleList(           # 3 -> 64 -> 128 -> 256 -> 512, each then pooled
             nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, down))
-        self.pool = nn.MaxPool2d(2)          # unspecified [pooling]: the release's
+        self.pool = nn.MaxPool2d(2)          # unspecified [pooling]: as in the release
         # differs [bottleneck]: 1 x 1 as in the release; Sec. 4.1 says kernel 3
         self.bottleneck = nn.Conv2d(down[-1] + D, down[-1], 1)           # 512 + D -> 512
         self.up = nn.ModuleList(             # 512 -> 512, 256 -> 256, 128 -> 128, 64 -> 64
@@ -365,8 +365,7 @@ HEADS = {"unet": UNetHead, "mlp": MLPHead, "coordinate": CoordinateHead, "attent
 
 
 class PatchDetailerHead(nn.Module):
-    """Feeds one of HEADS: the context, and the noisy pixels of one patch at a time or of the whole
-    image (Fig. 11)."""
+    """Runs one of HEADS on each noisy patch with its context, or on the whole image (Fig. 11)."""
 
     def __init__(self, config):
         super().__init__()
@@ -377,7 +376,7 @@ class PatchDetailerHead(nn.Module):
     def forward(self, x_t, s, time, c):
         """x_t (B, 3, H, W), s (B, N, D), time (B, D) -> (B, 3, H, W)"""
         H, W = x_t.shape[-2:]
-        # unspecified [context]: the release's, which leaves out the label
+        # unspecified [context]: as in the release, without the label
         context = F.silu(s + time[:, None])                                  # (B, N, D)
         if self.head_input == "image":
             size = H // self.P, W // self.P
@@ -419,7 +418,7 @@ class DiP(nn.Module):
     | tensor                                  | initialisation                                |
     |-----------------------------------------|-----------------------------------------------|
     | patch embedding                         | Xavier uniform, bias 0 (release)              |
-    | label table, both layers of time's MLP  | weights normal, deviation 0.02 (release)      |
+    | label table, both layers of time's MLP  | weights normal, std 0.02 (release)            |
     | U-Net and MLP heads, last layers too    | He normal, bias 0                             |
     | the U-Net's transposed convolutions     | 1 on the diagonal: nearest upsampling, bias 0 |
     | inject_embed, from detail to tokens     | 0: at first, an injection adds nothing        |
@@ -444,7 +443,7 @@ class DiP(nn.Module):
             self.inject_embed = nn.Linear(3 * P * P, D)      # "projected back" (Sec. 3.4)
         self.repa_after = min(REPA_BLOCK, config.depth)
         if config.repa_dim:
-            self.repa_projector = nn.Sequential(             # unspecified [REPA]: the release's
+            self.repa_projector = nn.Sequential(             # unspecified [REPA]: as in the release
                 nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(),
                 nn.Linear(D, config.repa_dim))
         # initialisation
@@ -459,15 +458,15 @@ class DiP(nn.Module):
     def forward(self, x_t, t, y, align=False):
         """Velocity of every pixel (Eq. 5).  x_t (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
 
-        align=True returns (velocity, tokens (B, repa_dim, H/P, W/P)): the second is for REPA.
+        align=True also returns the projected tokens (B, repa_dim, H/P, W/P), for REPA.
         """
         P, D, num_heads = self.config.patch_size, self.config.hidden_size, self.config.num_heads
         patches = patchify(x_t, P)                               # (B, N, 3, P, P)
         rows, columns = x_t.shape[-2] // P, x_t.shape[-1] // P
         angles = rope_angles(rows, columns, D // num_heads, x_t.device)
         rope = angles.cos(), angles.sin()                        # (N, d/2) each
-        time = self.time(t)                                      # (B, D)       how noisy
-        c = F.silu(time + self.label(y))                         # (B, D)       ... and what
+        time = self.time(t)                                      # (B, D)       noise level
+        c = F.silu(time + self.label(y))                         # (B, D)       ... and class
         s = self.embed(patches.flatten(2)).float()               # (B, N, D)    stays float32
         for i, block in enumerate(self.blocks, start=1):
             s = block(s, c, rope)                                # (B, N, D)    across all patches
@@ -496,13 +495,13 @@ def interpolate(x_0, noise, t):
 
 def logit_normal_time(z, mean=0.0, std=1.0):
     """Turn z ~ N(0, 1) into t in (0, 1) whose logit is N(mean, std^2).  (B,) -> (B,)"""
-    return torch.sigmoid(mean + std * z)     # unspecified [distribution of t]: the release's
+    return torch.sigmoid(mean + std * z)     # unspecified [distribution of t]: release
 
 
 def drop_labels(y, u, num_classes, rate=0.1):
     """Replace a fraction `rate` of the labels by the null class, so that the network also learns
     the velocity without a label, for guidance.  y (B,), u ~ U(0, 1) (B,) -> (B,)"""
-    return torch.where(u < rate, num_classes, y)     # unspecified [label dropout]: the release's
+    return torch.where(u < rate, num_classes, y)     # unspecified [label dropout]: release
 
 
 def flow_matching_loss(model, x_0, y, t, noise, features=None):
