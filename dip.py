@@ -550,6 +550,9 @@ def from_release(weights):
 
     Raises KeyError, AssertionError or another error if the weights are not theirs.
     """
+    if "embed.weight" in weights:            # converted once more, they would give -v
+        raise ValueError("its names are those of dip.py, but it has no configuration; use a "
+                         "checkpoint of train.py, or what sample.py --save-weights makes of one")
     ours = {}
     for name, weight in weights.items():
         for old, new in RELEASE_NAMES.items():

@@ -330,8 +330,8 @@ def read_image(path, crop=None):
         if "transparency" in image.info and image.tile[0].args in ("L;2", "L;4", "RGB;16B"):
             raise ValueError("Pillow misreads this transparency; save it with an alpha channel")
         image.load()                         # broken pixels are an error the first time only
-        with suppress(Exception):            # broken EXIF says nothing of the image
-            image = ImageOps.exif_transpose(image)
+        with suppress(Exception):            # after turning; broken EXIF says nothing of the image
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" or image.mode.startswith("I"):
             image = eight_bits(image)
         if image.has_transparency_data:
@@ -383,6 +383,9 @@ class Side:
         if not self.path or not Path(path).exists():
             raise FileNotFoundError(f"no file or folder at '{path}'")
         if Path(path).is_dir():
+            splits = [name for name in ("train", "val", "test") if Path(path, name).is_dir()]
+            if splits[1:]:
+                raise ValueError(f"{path} holds {' and '.join(splits)}; give one of them")
             self.files, self.threads = list_images(path), ThreadPoolExecutor()
             self.count = len(self.files)
         else:

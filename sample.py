@@ -472,6 +472,9 @@ def load_model(path, device="cpu", ema=True):
             if any("denoiser." in name for name in weights):
                 weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
                            if name.startswith(prefix)}
+            elif not ema:
+                raise ValueError("it does not say whether its weights are averaged; leave out "
+                                 "--no-ema")
             if not weights:
                 raise ValueError(f"it has no weights named {prefix}*")
             config, weights = from_release(weights)

@@ -140,8 +140,10 @@ def without(name):
     (lightning({}, without("")) | {"hyper_parameters": Path("x")}, "which may run code", True),
     (lightning({}, without("")), "no weights named denoiser.*", False),
     (lightning(without(""), {}), "no weights named ema_denoiser.*", True),
+    (from_release(without(""))[1], "its names are those of dip.py", True),
+    (without(""), "it does not say whether its weights are averaged", False),
     ({"state_dict": {}}, "nor weights of a released DiP", True),
-    ({"state_dict": 7}, "nor weights of a released DiP", True)], ids=range(10))
+    ({"state_dict": 7}, "nor weights of a released DiP", True)], ids=range(12))
 def test_other_weights_are_refused_by_name(state, answer, ema, tmp_path):
     """Catches a guess in the place of a missing weight, what fits loaded from an edited network,
     and raw weights in the place of averaged ones."""

@@ -307,6 +307,10 @@ def test_an_image_is_upright_also_when_it_is_cropped_or_its_exif_is_broken(tmp_p
     image.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "turned.png"), image)
     assert np.array_equal(read_image(tmp_path / "turned.png", 4), center_crop(image, 4))
+    odd = struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 6,     # the same, and a
+                      0x0128, 2, 4, b"inch", 0)                 # unit that Pillow cannot write
+    image.transpose(Image.ROTATE_90).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
+    assert np.array_equal(read_image(tmp_path / "odd.png"), image)
     corner = image.getpixel((0, 0))
     image.transpose(Image.ROTATE_90).save(tmp_path / "clear.png", exif=exif, transparency=corner)
     assert read_image(tmp_path / "clear.png")[0, 0].tolist() == [255, 255, 255]
@@ -838,6 +842,8 @@ ARRAYS = [                                   # what an .npz holds, what the erro
 @pytest.mark.parametrize("write, message", [
     (lambda path: None, "no file or folder at '"),
     (Path.mkdir, "holds 0 images; precision and recall need four"),
+    (lambda path: [(path / name).mkdir(parents=True) for name in ("val", "train")],
+     "holds train and val; give one of them"),
     (lambda path: save_images(path, IMAGES[:3]),
      "holds 3 images; precision and recall need four, a comparison 50,000"),
     (lambda path: save_images(path, MIXED),
