@@ -28,7 +28,7 @@ ANSWER = {               # columns of the first table of README.md
     "wide, shapes, 2000 steps, cool-down": ("paths", "wide, shapes", 2000),
     "wide, photos, 2000 steps, cool-down": ("paths", "wide, photos", 2000),
     "wide, shapes, 8000 steps": ("heads", "wide, shapes, longer", 8000),
-    "paper's geometry, photos, 10,000 steps": ("heads", "photos of 64", 10_000)}
+    "paper's geometry, photos, 10,000 steps, cool-down": ("paths", "photos of 64", 10_000)}
 
 
 def read_rows(name, folder=HERE / "results"):
@@ -193,5 +193,5 @@ def draw(name, rows):
     rows = [row for row in rows if row["seed"] in SEEDS]
     groups = list(dict.fromkeys(row["group"] for row in rows))
     if name in ("paths", "heads", "short"):
-        return dots(rows, groups[:2] if name == "short" else groups)
+        return dots(rows, groups[:2 if name == "short" else 4])
     return crossover(rows) if name == "crossover" else None
