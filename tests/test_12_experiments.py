@@ -6,8 +6,10 @@ import re
 import sys
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from commands import ROOT, error_line
 from hypothesis import given
@@ -17,11 +19,14 @@ from PIL import Image
 import dip
 import train
 from experiments import __main__ as command
-from experiments import features, lab, models, overfit, report, speed, toy
+from experiments import features, gaussian, lab, models, overfit, report, speed, toy
 from experiments.lab import Judge, Lab, seam_contrast
-from experiments.models import EXPERIMENTS, NARROW, WIDE, Model
-from experiments.report import differences, format_mean, rates_table, read_rows, table
+from experiments.models import EXPERIMENTS, NARROW, SAMPLERS, WIDE, Model
+from experiments.report import (by_seed, differences, format_mean, rates_table, read_rows,
+                                table)
 from experiments.speed import cost
+from sample import OUR_WEIGHTS, load_model
+from theory.model import cost_unseen, image_decay
 
 PAGE = (ROOT / "experiments" / "README.md").read_text()
 UNET = models.changes_of("U-Net", 8)
@@ -53,11 +58,6 @@ def test_seam_contrast_counts_the_steps_at_the_borders_of_patches(P, step):
     assert seam_contrast(np.repeat(image[None, ..., None], 3, axis=3), P) == pytest.approx(1 + step)
 
 
-def test_psnr_of_an_error_of_one_level_is_48_decibel():
-    truth = np.full((8, 8, 3), 100)
-    assert overfit.psnr(truth[None] + 1, truth) == pytest.approx(48.1308, abs=1e-4)
-
-
 def test_the_probe_recognises_new_points_of_separate_classes_and_guesses_mixed_ones():
     """Fails if it is judged on the points that it was fitted to."""
     rng, y, y_new = np.random.default_rng(0), np.arange(300) % 3, np.arange(3000) % 3
@@ -87,15 +87,6 @@ def test_samples_like_the_held_out_images_are_judged_perfect(judge):
     assert found["frechet"] == pytest.approx(0, abs=1e-6) and found["seam"] == 0
     assert judge.measure(judge.real[:, ::-1] // 2, P=8)["frechet"] > 1e-3
     assert found["recognised"] == judge.accuracy             # held-out images have labels in turn
-
-
-def test_half_of_the_samples_are_of_each_of_two_seeds_and_classes_take_turns(monkeypatch, tmp_path):
-    calls, here = [], Lab(options(tmp_path))
-    monkeypatch.setattr(lab, "generate", lambda net, labels, indices, seed, **settings: (
-        calls.append((seed, list(labels), list(indices))) or torch.zeros(len(labels), 3, 32, 32)))
-    monkeypatch.setattr(here, "judge", lambda *_: SimpleNamespace(measure=lambda images, P: images))
-    assert len(here.judge_samples(Model(SMALL), dip.DiP(SMALL))) == 20
-    assert calls == [(seed, list(range(10)), list(range(10))) for seed in (0, 1)]
 
 
 # Models
@@ -211,6 +202,263 @@ def test_the_toys_differ_in_what_the_head_sees_alone():
         assert torch.allclose(view(x, centre), moved, atol=1e-6) == (name == "patch")
 
 
+# The laboratory, without training
+
+
+def test_a_training_obeys_its_model_and_seed_and_gives_the_average(tmp_path, monkeypatch):
+    """Fails if a schedule, a rate or a seed is ignored, if raw weights are measured, or if held-out
+    images are trained on."""
+    calls = []
+    monkeypatch.setattr(train, "fit", lambda net, options, data: (
+        calls.append((vars(options), data, net.embed.weight.sum().item())) or ("average", 0)))
+    here = Lab(options(tmp_path, quick=False))
+    model = Model(SMALL, 0.5, training=dict(cooldown=0.3, time_mean=-1.0, label_dropout=0.0))
+    for seed in (1, 1, 2):
+        assert here.train(model, tmp_path / "run", seed, 7) == "average"
+    assert [given["seed"] for given, *_ in calls] == [1, 1, 2]
+    expected = lab.TRAINING | model.training | dict(steps=7, lr=0.5)
+    assert all(expected.items() <= given.items() for given, *_ in calls)
+    assert all(data is here.data("shapes", 32)[0] and data.first == 0 for _, data, _ in calls)
+    assert calls[0][2] == calls[1][2] != calls[2][2]
+    assert (lab.TRAINING["cooldown"], lab.TRAINING["time_mean"]) == (0, 0)       # the page says so
+
+
+def test_no_two_runs_share_a_folder(tmp_path, monkeypatch):
+    """A finished run of another rate, seed or model with the same weights would be taken over."""
+    folders = []
+    monkeypatch.setattr(Lab, "train", lambda self, model, out, seed, steps: folders.append(out))
+    monkeypatch.setattr(Lab, "losses", lambda *_: dict(loss=1.0))
+    monkeypatch.setattr(Lab, "judge_samples", lambda *_: {})
+    here = Lab(options(tmp_path))
+    for group, name, lr, seed in itertools.product("gh", "ab", (0.1, 0.2), (0, 1)):
+        here.row("x", group, name, Model(SMALL, lr), seed, 500)
+    assert len(set(folders)) == 16
+
+
+def test_losses_are_of_500_held_out_images_and_costs_of_the_whole_network(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "validate", lambda net, data, limit: (
+        given.append((data, limit)) or torch.ones(3, 10)))
+    here = Lab(options(tmp_path, quick=False))
+    model = EXPERIMENTS["paths"]["wide, shapes"]["linear path"]
+    net = model.build(model.config)
+    found = here.losses(model, net)
+    assert given == [(here.data("shapes", 32)[1], 500)] and given[0][0].first == 10**6
+    assert found["parameters"] == sum(p.numel() for p in net.parameters())
+    assert found["gflops"] == cost(model.config, model.build)[1] / 1e9 > cost(WIDE)[1] / 1e9
+
+
+def test_samples_are_drawn_as_the_sampler_says_and_none_twice(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lab, "generate", lambda net, labels, indices, seed, **settings: (
+        calls.append((seed, *zip(labels, indices), settings)) or torch.zeros(len(labels), 3, 8, 8)))
+    here, net = Lab(options(tmp_path, quick=False)), dip.DiP(SMALL)
+    here.judge = lambda *given: SimpleNamespace(measure=lambda images, P: (given, len(images), P))
+    assert here.judge_samples(Model(SMALL.replace(image_size=64), data="photos"), net) == (
+        ("photos", 64), 1000, 8)
+    drawn = [(seed, *pair) for seed, *pairs, _ in calls for pair in pairs]
+    assert drawn == [(seed, i % 10, i) for seed in (0, 1) for i in range(500)]
+    assert all(call[-1] == dict(sampler="ab2", steps=12) for call in calls)
+    for name, model in EXPERIMENTS["samplers"]["narrow, shapes"].items():
+        calls.clear()
+        model.measure(here, model, net)
+        assert all(call[-1] == SAMPLERS[name] for call in calls)
+
+
+def test_the_judge_is_trained_on_images_that_are_not_held_out(tmp_path, monkeypatch):
+    """Nor on drawings that a model has seen; of photos, on all classes in turn."""
+    monkeypatch.setattr(lab, "Judge", lambda *given: given)
+    here = Lab(options(tmp_path, quick=False))
+    training, held_out, steps = here.judge("shapes", 16)
+    numbers = set(range(training.first, training.first + 64 * steps))
+    assert not numbers & {*range(50_000), *range(10**6, 10**6 + 1000)}
+    real = here.data("shapes", 16)[1]
+    assert len(held_out) == 1000 and all((held_out[k][0] == real[k][0]).all() for k in (0, 999))
+    here = Lab(options(tmp_path, quick=False))
+    here.data = lambda name, size: ([(f"train {k}", k // 50) for k in range(500)], ["val"] * 500)
+    training, held_out, steps = here.judge("photos", 16)
+    assert held_out == ["val"] * 500 and len({training[k][0] for k in range(500)}) == 500
+    assert {training[k][1] for k in range(64)} == set(range(10))
+
+
+def test_the_judge_does_not_mind_which_images_it_sees_together(judge):
+    """Fails if batch norm is left in training mode."""
+    halves = [judge.predict(half)[1][0] for half in np.split(judge.real, 2)]
+    np.testing.assert_allclose(np.mean(halves, axis=0), judge.moments[0], rtol=1e-4, atol=1e-6)
+
+
+def ramp(down, right):
+    """A ramp of slope 1 with extra steps at every border of patches of 8."""
+    a, b = (np.arange(32) + step * (np.arange(32) // 8) for step in (down, right))
+    return np.repeat((a[:, None] + b)[None, ..., None].astype(float), 3, axis=3)
+
+
+def test_seams_count_in_both_directions_and_against_real_images():
+    assert seam_contrast(ramp(2, 6), 8) == pytest.approx(1 + 4)
+    moments = np.zeros(2), np.eye(2)
+    fake = SimpleNamespace(real=ramp(3, 3), moments=moments,
+                           predict=lambda images: (np.arange(len(images)) % 10, moments))
+    found = Judge.measure(fake, np.repeat(ramp(1, 1), 20, axis=0), 8)
+    assert found == dict(frechet=0, recognised=1, seam=pytest.approx(0.5))
+
+
+def test_psnr_of_bytes_is_the_mean_over_images():
+    truth = np.full((8, 8, 3), 100, np.uint8)
+    images = np.stack([truth - 20, truth + 10])
+    assert overfit.psnr(images, truth) == pytest.approx((22.1102 + 28.1308) / 2, abs=1e-3)
+
+
+def test_the_photos_of_the_figure_bear_their_models_names(tmp_path):
+    here = SimpleNamespace(options=SimpleNamespace(runs=tmp_path),
+                           sample=lambda net, n: np.repeat(overfit.PHOTO[None], n, axis=0) // 2)
+    for group, of_group in EXPERIMENTS["overfit"].items():
+        for name, model in of_group.items():
+            model.measure(here, model, None)
+            (tmp_path / f"{name}, {group.split(',')[0]}.png").unlink()           # it is there
+
+
+def test_the_probe_is_given_no_labels_and_judged_on_held_out_images(monkeypatch):
+    net = dip.DiP(SMALL).requires_grad_(False)
+    net.label.weight[:10] = torch.nan
+    found, y = features.tokens(net, train.Shapes(32), 20)
+    assert np.isfinite(found).all() and found.std(axis=0).min() > 0 and set(y) <= set(range(10))
+    calls = []
+    monkeypatch.setattr(features, "tokens", lambda net, data, n: calls.append((data, n)) or (1, 2))
+    monkeypatch.setattr(features, "probe", lambda *_: 0.5)
+    here = SimpleNamespace(quick=False, data=lambda *_: ("training", "held out"))
+    features.measure(here, Model(SMALL), None)
+    assert calls == [("training", 1000), ("held out", 500)]
+
+
+class Velocity:
+    """A stand-in for a network."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def cpu(self):
+        return self
+
+    def __call__(self, x, t, y):
+        return self.function(x, t)
+
+
+def test_gaussian_images_have_their_variances_and_a_network_of_zeros_its_excess():
+    """The excess of 0 is the variance of v*, which theory/ knows."""
+    order = np.hypot(*np.indices((16, 16))).ravel().argsort(kind="stable")
+    np.testing.assert_allclose(gaussian.VARIANCES.ravel()[order], image_decay(256, 1.5))
+    x_0 = np.stack([gaussian.draw_image(k) for k in range(1000)]) / 127.5 - 1
+    seen = (scipy.fft.dctn(x_0, axes=(1, 2), norm="ortho") ** 2).mean(axis=(0, 3))
+    np.testing.assert_allclose(seen, gaussian.VARIANCES, rtol=0.2)
+    found = gaussian.measure(SimpleNamespace(quick=False), None, Velocity(lambda x, t: 0 * x))
+    for t in gaussian.TIMES:
+        expected = cost_unseen(gaussian.VARIANCES, t).mean()
+        assert found[f"excess at t = {t}"] == pytest.approx(expected, rel=0.02)
+
+
+def test_distances_to_and_from_the_tree_are_not_mixed_up():
+    """Of samples that all lie on one point of it."""
+    point = toy.on_the_tree(100_000, 0)[7]
+    pixels = torch.from_numpy(toy.draw_point(7))[None]
+    np.testing.assert_allclose(train.to_model(pixels, "cpu").flatten(), point, atol=1e-5)
+    there = torch.tensor(point).float()[None, :, None, None]
+    found = toy.measure(SimpleNamespace(quick=True), None,
+                        Velocity(lambda x, t: (x - there) / t[:, None, None, None]))
+    far = np.linalg.norm(toy.on_the_tree(2000, 1)[:100] - point, axis=1).mean()
+    assert found["to_tree"] < 0.02 and found["from_tree"] == pytest.approx(far, abs=1e-3)
+
+
+def test_names_say_what_is_compared():
+    """Rows do not hold the data set, the configuration or the schedule: only names do."""
+    for experiment, groups in EXPERIMENTS.items():
+        for group, of_group in groups.items():
+            for name, model in of_group.items():
+                config, words, number = model.config, f"{group}, {name}", group.split(" ")[0]
+                patch = 3 * config.patch_size**2
+                if isinstance(model.data, str):
+                    assert model.data == ("photos" if "photos" in group else "shapes")
+                if group.startswith(("narrow", "wide")) and not name.endswith(" wide"):
+                    assert (config.hidden_size > patch) == group.startswith("wide")
+                if words.startswith("photos of 64"):
+                    assert config.image_size == 64
+                if experiment == "crossover":
+                    assert (config.hidden_size, patch) == (int(number), 48)
+                if experiment in ("paths", "recipes"):
+                    assert model.training["cooldown"] == 0.3
+                else:
+                    assert "cooldown" not in model.training
+                if experiment in ("paths", "heads", "short") and not name[0].isdigit():
+                    head = name.split(" ")[0].split(",")[0]
+                    assert config.head == {"U-Net": "unet", "MLP": "mlp", "coordinate": head,
+                                           "attention": head}.get(head, "none")
+                    assert config.placement == {
+                        "U-Net between blocks": "intermediate",
+                        "U-Net in both places": "hybrid"}.get(name, "post-hoc")
+                    assert (config.head_input == "image") == name.endswith("on the image")
+                for prediction in "xv":
+                    if f"predicts {prediction}" in words:
+                        assert config.prediction == prediction
+
+
+def test_pretrained_begins_with_the_weights_in_assets():
+    found, *_ = EXPERIMENTS["recipes"]["photos, rate 1.5e-3, from the weights in assets"].values()
+    ours = load_model(OUR_WEIGHTS)[0].state_dict()
+    for name, weight in found.build(found.config).state_dict().items():
+        assert torch.equal(weight, ours[name])
+
+
+@pytest.mark.parametrize("name", ["paths", "heads", "short"])
+def test_dots_are_rows(name):
+    rows = [row for row in read_rows(name) if row["seed"] in (0, 1, 2)]
+    figure = report.draw(name, rows)
+    groups = list(dict.fromkeys(row["group"] for row in rows))[:2 if name == "short" else 4]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    for axes, (measure, group) in zip(figure.axes, itertools.product(("loss", "frechet"), groups)):
+        last = max(row["steps"] for row in rows if row["group"] == group)
+        expected = {(row[measure], names.index(row["model"])) for row in rows
+                    if row["group"] == group and row["steps"] == last
+                    and row.get(measure) is not None}
+        assert expected == {pair for line in axes.lines for pair in zip(*line.get_data())}
+        assert axes.get_xlabel() == report.LABELS[measure]
+        assert axes.get_title() == f"{group}, {last} steps"
+    plt.close(figure)
+
+
+def test_the_curves_of_the_crossover_are_means():
+    rows = read_rows("crossover")
+    figure = report.crossover(rows)
+    for axes, measure in zip(figure.axes, ("loss", "detail", "frechet")):
+        curves = {line.get_label(): line for line in axes.lines}
+        for name in ("no head", "U-Net"):
+            found = dict(zip(*curves[name].get_data()))
+            assert found == {int(group.split()[0]) / 48: pytest.approx(np.mean(list(
+                by_seed(rows, measure, group=group, model=name).values())))
+                for group in EXPERIMENTS["crossover"]}
+        assert axes.get_title() == report.LABELS[measure]
+    ratios, bound = {line.get_label(): line for line in figure.axes[0].lines}[
+        "bound for no head"].get_data()
+    np.testing.assert_allclose(bound, 1 - ratios)
+    plt.close(figure)
+
+
+def test_the_plan_counts_every_copy_of_a_weight():
+    """Where weights outweigh activations: itself, gradient, two moments, EMA, and the update's."""
+    config = dip.DiPConfig(image_size=8, patch_size=8, hidden_size=192, depth=2, num_heads=6,
+                           num_classes=10, head="none")
+    per_weight = speed.plan(config, 1, False) / cost(config)[0]
+    assert per_weight == pytest.approx(24, abs=0.5)
+
+
+def test_a_toy_tells_all_cells_apart():
+    net, seen = toy.ToyNet(WIDE, toy.VIEWS["patch"]), []
+    net.place.register_forward_hook(lambda layer, inputs, s: seen.extend(inputs[0].tolist()))
+    centres = torch.cartesian_prod(*2 * [(torch.arange(-16, 16) + 0.5) * toy.CELL])
+    net(centres[:, :, None, None], torch.ones(len(centres)), None)
+    assert sorted(seen) == list(range(toy.GRID**2))
+    x = torch.tensor([[0.1, 0.2]])
+    torch.testing.assert_close(toy.VIEWS["image, enlarged"](x, x), x / (toy.CELL / 2))
+
+
 # Tables
 
 
@@ -279,6 +527,7 @@ def test_a_model_without_a_rate_gets_the_best_on_seed_9(tmp_path, monkeypatch, l
     assert [(row["seed"], row["lr"]) for row in rows if row["seed"] != 9] == [
         (seed, best) for seed in (0, 1, 2)]
     assert [row["lr"] for row in rows if row["seed"] == 9] == list(losses)
+    assert {row["steps"] for row in rows if row["seed"] == 9} == {1000}
 
 
 def test_a_training_that_diverges_is_a_row_without_a_loss(tmp_path, monkeypatch):
