@@ -307,8 +307,8 @@ def test_an_image_is_upright_also_when_it_is_cropped_or_its_exif_is_broken(tmp_p
     image.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "turned.png"), image)
     assert np.array_equal(read_image(tmp_path / "turned.png", 4), center_crop(image, 4))
-    odd = struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 6,     # the same, and a
-                      0x0128, 2, 4, b"inch", 0)                 # unit that Pillow cannot write
+    odd = struct.pack("<2sHIHHHIIHHIIIii", b"II", 42, 8, 2, 0x0112, 3, 1, 6,    # the same, and a
+                      0x011A, 10, 1, 38, 0, -1, 0)              # resolution Pillow cannot write
     image.transpose(Image.ROTATE_90).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
     assert np.array_equal(read_image(tmp_path / "odd.png"), image)
     corner = image.getpixel((0, 0))
