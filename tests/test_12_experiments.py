@@ -409,7 +409,8 @@ def test_pretrained_begins_with_the_weights_in_assets():
 
 @pytest.mark.parametrize("name", ["paths", "heads", "short"])
 def test_dots_are_rows(name):
-    rows = [row for row in read_rows(name) if row["seed"] in (0, 1, 2)]
+    rows = [row for row in read_rows(name) if row["seed"] in (0, 1, 2)
+            and row["model"] != "U-Net, blind"]
     figure = report.draw(name, rows)
     groups = list(dict.fromkeys(row["group"] for row in rows))[:2 if name == "short" else 4]
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
