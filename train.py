@@ -594,7 +594,7 @@ class ImageFolder:
                 (nested, f"one folder of folders, {''.join(folders[:1])}: give that one itself?")):
             if holds:
                 raise ValueError(f"--data {root}: found {problem}; expected {LAYOUTS}")
-        named = self.root.resolve()          # no folders of classes: DIR/train has class DIR
+        named = Path(os.path.abspath(root))  # no folders of classes: DIR/train has class DIR
         self.classes = folders or [(named.parent if named.name in ("train", "val") else named).name]
         self.labels = [folders.index(parts[0]) if folders else 0 for parts in inside]
         known = imagenet_names()
@@ -642,7 +642,7 @@ def open_data(data, size):
     training = ImageFolder(root / "train", size)
     validation = ImageFolder(root / "val", size) if (root / "val").is_dir() else None
     differ = sorted(set(training.classes) ^ set(validation.classes)) if validation else ()
-    if differ and len(training.classes + validation.classes) > 2:        # or two flat folders
+    if differ:
         raise ValueError(f"--data {data}: train/ and val/ have different classes; only one of them "
                          f"has {', '.join(differ[:5])}.  Expected {LAYOUTS}")
     return training, validation

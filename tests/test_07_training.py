@@ -93,6 +93,7 @@ LAYOUTS = {          # as people download them: files -> classes, or what the me
     "empty classes": ("train/a/0.png train/b/ train/c/", "!folders without images: b, c"),
     "a class of val/ alone": ("train/a/0.png val/a/0.png val/b/0.png",
                               "!only one of them has b"),
+    "another class in val/": ("train/a/0.png val/b/0.png", "!only one of them has a, b"),
     "ImageNet's flat val": ("train/a/0.png train/b/0.png val/0.jpg",
                             "!train/ and val/ have different classes"),
     "capital splits": ("Train/a/0.png Train/b/0.png Val/a/0.png",

@@ -27,8 +27,8 @@ import torch
 from commands import (TINY, Background, assert_same_state, checkpoint, error_line, leaves, run,
                       run_ranks)
 from helpers import damaged
-from hooks import (close_the_terminal, mount_tmpfs, move_to_a_small_disk, save_slowly, spoil_noise, step_without_end,
-                   without_a_compiler)
+from hooks import (close_the_terminal, mount_tmpfs, move_to_a_small_disk, save_slowly, spoil_noise,
+                   step_without_end, without_a_compiler)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
