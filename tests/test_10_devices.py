@@ -99,7 +99,7 @@ class Precise(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")     # of an earlier test's files
 def test_under_autocast_products_are_bfloat16_and_what_needs_digits_is_float32(name):
     """Float32: norms, generated weights, tokens between blocks, each last layer, the velocity, the
     loss and the gradients.  Catches a residual stream rounded to 8 bits at every block, a last
