@@ -11,7 +11,7 @@ statistics (`mu`, `sigma` of the pool features, `mu_s`, `sigma_s` of the spatial
 hold both: then FID and sFID use its statistics, and precision and recall use its images (ADM).
 
 This file needs torch, numpy, Pillow and tqdm and nothing else of this repository: copy it.  It
-follows guided-diffusion/evaluations/evaluator.py; `ADM` marks what one would not guess.
+follows guided-diffusion/evaluations/evaluator.py; `ADM` marks behaviour that you would not guess.
 """
 
 import argparse

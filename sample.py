@@ -192,10 +192,10 @@ def to_uint8(x):
 
 
 def draw_grid(images, names, headers=None, cell=96):
-    """A picture with the images of each name in rows of ten, and a header on each column.
+    """Lay out the images of each name beside it, wrapped after ten, with a header on each column.
 
-    images: uint8 (len(names) * n, H, W, 3), n for each name in turn.  Small images are enlarged by
-    the whole factor that brings them nearest to `cell` pixels, without smoothing.
+    images: uint8 (len(names) * n, H, W, 3), n for each name in turn.  Small images are enlarged to
+    about `cell` pixels, by a whole factor and without smoothing.
     """
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 14)
     H, W = images.shape[1:3]
@@ -246,8 +246,8 @@ def sample_grid(model, names, options):
 
 
 def draw_trajectory(seen, images, n, names, out):
-    """Two more files: a strip of what the model predicts for the first image, x_t - t v, as t
-    falls; and a GIF in which the noise of the first batch turns into its images.
+    """Write two more files: a strip of the model's guesses x_t - t v of the first image, and a GIF
+    of x_t for the first batch, from noise to images.
 
     seen: {t: (that prediction (1, H, W, 3), noisy images (B, H, W, 3) or None)}, uint8
     """
@@ -499,12 +499,12 @@ def check_finite(weights):
                              f"again with a lower --lr")
 
 
-CHECKPOINT = "ckpt-" + 8 * "[0-9]" + ".pt"   # of train.py; a user's copy has another name
+CHECKPOINT = "ckpt-" + 8 * "[0-9]" + ".pt"   # train.py's names; a copy with another name is ignored
 
 
 def find_checkpoint(given=None):
-    """Path of a checkpoint: the file given, or the newest below the folder given or runs/, or our
-    own small weights."""
+    """Path of a checkpoint: the given file; or the newest below the given folder; or, if nothing
+    is given, the newest below runs/, or else our small weights in assets/."""
     path = Path("runs" if given is None else given)
     if given is not None and not path.is_dir():
         return path
@@ -586,14 +586,14 @@ def autocast(device):
 
 
 def blocks_of(model):
-    """What --compile and --grad-checkpoint take one at a time: Blocks, and heads without Blocks."""
+    """The units of --compile and --grad-checkpoint: every Block, and every head without Blocks."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     heads = [module.head for module in model.modules() if isinstance(module, PatchDetailerHead)]
     return blocks + [head for head in heads if not set(head.modules()) & set(blocks)]
 
 
 def compile_blocks(model):
-    """torch.compile, block by block: it takes seconds, and for the whole model minutes."""
+    """Compile block by block: seconds, not the minutes that the whole model takes."""
     for block in blocks_of(model):
         block.forward = torch.compile(block.forward)
 

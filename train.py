@@ -79,7 +79,7 @@ def parse(argv=None):
     add("--micro-batch", type=number(int, 1), help="images at once per process [at most 32]")
     add("--lr", type=number(float, 0), help="AdamW's learning rate [1e-4; 3e-3]")
     add("--warmup", type=number(int, 0), help="steps over which lr rises [0; 50]")
-    add("--cooldown", type=number(float, 0, 1), help="last part of a run: lr falls [0; 0.3]")
+    add("--cooldown", type=number(float, 0, 1), help="last fraction, in which lr falls [0; 0.3]")
     add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none [1]")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the EMA [0.9999]")
     add("--time-mean", type=number(float, -99, 99), help="mean of logit t, deviation 1 [0; 0.4]")
@@ -251,7 +251,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
         stop = total(len(signals)) > 0                       # a signal to one rank stops all
         sample = options.sample_every and (last or done % options.sample_every == 0)
         save = last or stop or (not skipped and (sample or done % options.save_every == 0))
-        if save or sample or done % options.log_every == 0:  # at saves: sums are not saved
+        if save or sample or done % options.log_every == 0:  # before a save: sums are not saved
             sums = total(sums)
             if rank == 0 and sums.any():                     # some update was not skipped
                 line = mean_losses(sums)
@@ -260,7 +260,7 @@ def fit(model, options, data, val_data=None, encoder=None, signals=()):
                           images_per_s=round(speed, 1), grad_norm=norm)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
             sums, since = torch.zeros(3, BINS), done
-            if rank == 0 and save:                           # first, since pictures take long
+            if rank == 0 and save:                           # before the pictures: they are slow
                 save_checkpoint(model, ema, optimizer, options, data, done)
             if rank == 0 and sample and not stop:
                 try:
@@ -308,8 +308,8 @@ def save_checkpoint(model, ema, optimizer, options, data, step):
 
 
 def identity(model, options, data):
-    """What must not change when a run is resumed.  A single class has its folder's name, which may
-    change."""
+    """What must not change when a run is resumed.  A single class is left out: its name is
+    that of the folder, which may move."""
     fixed = "seed", "batch_size", "time_mean", "label_dropout", "ema", "repa"
     return {**asdict(model.config), **{name: getattr(options, name) for name in fixed},
             "classes": data.classes[1:] and data.classes, "number of images": len(data)}
@@ -366,19 +366,19 @@ def noted_signals():
     The same signal again, more than a second later, ends the process between two operations."""
     noted = {}
 
-    def note(number, _):
-        if time.monotonic() - noted.setdefault(number, time.monotonic()) > 1:
-            os._exit(128 + number)
+    def note(signum, _):
+        if time.monotonic() - noted.setdefault(signum, time.monotonic()) > 1:
+            os._exit(128 + signum)
         with suppress(OSError):              # the terminal may be gone; print is not safe here
             os.write(2, b"\nstopping: finishing the step and saving first\n")
 
-    handlers = {number: signal.signal(number, note) for number in ENDING_SIGNALS
-                if signal.getsignal(number) is not signal.SIG_IGN}       # nohup ignores SIGHUP
+    handlers = {signum: signal.signal(signum, note) for signum in ENDING_SIGNALS
+                if signal.getsignal(signum) is not signal.SIG_IGN}       # nohup ignores SIGHUP
     try:
         yield noted
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def report_skipped(out, step, norm, skipped):
@@ -469,9 +469,9 @@ def write_log(out, **line):
 def read_log(out):
     """The lines of log.jsonl, except those that a crash or a full disk cut short."""
     path, lines = out / "log.jsonl", []
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    for written in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            line = json.loads(text)
+            line = json.loads(written)
             lines += [line] if isinstance(line["step"], int) else []
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
@@ -547,8 +547,8 @@ def load_batches(options, data, first_step):
 def ignore_signals(worker):
     """In a loader process: a signal to the whole process group must not end it before the step is
     done.  The command kills its loaders when it ends."""
-    for number in ENDING_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in ENDING_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -767,7 +767,7 @@ def signed_distance(shape, x, y):
 
 
 def texture_wave(texture, p, q):
-    """A field whose sign is the texture, of slope about 1.  p, q (H, W): phases across and down."""
+    """Positive where the texture is light; slope about 1.  p, q (H, W): phases across and down."""
     if texture == "striped":
         return np.sin((p + q) * 0.6)
     if texture == "checked":

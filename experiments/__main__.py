@@ -77,7 +77,7 @@ def fill(page):
         name = match[1]
         if name == "answer":
             text = report.answer()
-        else:                                # of all groups, the models of the first
+        else:                                # in each group, the models that the first has
             first, *_ = EXPERIMENTS[name].values()
             groups = {group: {model: models[model] for model in first if model in models}
                       for group, models in EXPERIMENTS[name].items()}

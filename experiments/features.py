@@ -2,7 +2,8 @@
 Fig. 4 and 8: do the tokens of a DiP separate the classes better than those of a DiT without a head?
 
 The tokens after the last block, averaged over the image, of noisy held-out images (t = 0.3) without
-a label.  Accuracy: of a ridge regression to one-hot labels, fitted to tokens of training images.
+a label.  We report the accuracy of a ridge regression to one-hot labels, fitted to the tokens of
+training images.
 """
 
 import numpy as np

@@ -30,7 +30,7 @@ def draw_image(index):
 
 @torch.no_grad()
 def measure(lab, model, net):
-    """E |v - v*|^2 a value, over 1000 fresh images."""
+    """E |v - v*|^2 per value, over 1000 fresh images."""
     n, found = 32 if lab.quick else 1000, {}
     for t in TIMES:
         g = random_stream("Gaussian images", t)

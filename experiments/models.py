@@ -207,6 +207,9 @@ EXPERIMENTS = {          # {experiment: {group: {name: Model}}}; differences are
         "wide, shapes": paths(WIDE, CONTROLS | {"U-Net, blind": 3e-3}),      # at the U-Net's rate
         "narrow, photos": paths(NARROW, PATHS, "photos"),
         "wide, photos": paths(WIDE, CONTROLS | {"U-Net, blind": 1.5e-3}, "photos"),
+        "wide, shapes, longer": paths(                       # at the rates of "wide, shapes"
+            WIDE, {"U-Net": 3e-3, "no head": 6e-3, "linear path": 3e-3,
+                   "U-Net + linear path": 1.5e-3}, steps=(8000,)),
         "photos of 64": paths(PAPER, dict.fromkeys(("U-Net", "no head", "linear path")), "photos",
                               steps=(10_000,), batch_size=8, micro_batch=8)},
     "recipes": RECIPES,

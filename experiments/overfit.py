@@ -1,7 +1,8 @@
 """
 Fig. 3: does a DiT without a head learn a single image?
 
-The photo is Grace Hopper's (public domain, in matplotlib).  PSNR: of four samples against it.
+The photo is Grace Hopper's (public domain, in matplotlib).  We report the PSNR of four samples
+against it.
 """
 
 from pathlib import Path
