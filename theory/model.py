@@ -80,13 +80,13 @@ def gain(lam, t):
     return (t - (1 - t) * lam) / ((1 - t) ** 2 * lam + t**2)
 
 
-def cost_unseen(lam, t):
-    """What it costs to know nothing of a frequency: the variance of v*, gain^2 Var(x_t)"""
+def variance_of_v(lam, t):
+    """Of the best velocity: gain^2 Var(x_t), the cost of knowing nothing of a frequency"""
     return (t - (1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2)
 
 
-def cost_passed_on(lam, t):
-    """The same if x_t / t is passed on, so that only E[x_0 | x_t] / t is missing"""
+def variance_of_x(lam, t):
+    """Of E[x_0 | x_t] / t: the cost of knowing nothing if x_t / t is passed on"""
     return ((1 - t) * lam) ** 2 / ((1 - t) ** 2 * lam + t**2) / t**2
 
 
@@ -186,7 +186,7 @@ class GaussianModel:
     @cached_property
     def hat_modes(self):
         """(nu, n): eigenvalues of sigma_hat, falling, and its eigenvectors, columns of n; from a
-        root of it, so that an eigenvalue may be as small as 1e-24 and still have its digits."""
+        root of it, which keeps digits of eigenvalues as small as 1e-24."""
         low, high, _ = self.R
         n, root, _ = np.linalg.svd(np.concatenate([low, self.Q @ high], axis=1))
         return root**2, n
@@ -221,8 +221,8 @@ class GaussianModel:
         independent."""
         V, t = self.V, self.t
         noisy = (1 - t) ** 2 * self.lam + t**2                           # variances of x_t
-        cov_v = V * cost_unseen(self.lam, t) @ V.T                       # of v*
-        cov_x = V * cost_passed_on(self.lam, t) @ V.T                    # of E[x_0 | x_t] / t
+        cov_v = V * variance_of_v(self.lam, t) @ V.T                       # of v*
+        cov_x = V * variance_of_x(self.lam, t) @ V.T                    # of E[x_0 | x_t] / t
         cross = V * (self.gains * noisy) @ V.T                           # of v* and x_t
         cov_rest = cov_v - cross @ np.linalg.solve(V * noisy @ V.T, cross.T)
         return {name: token_cost(np.repeat(np.linalg.eigvalsh(cov), channels), k)
@@ -240,6 +240,6 @@ class GaussianModel:
 
 
 def two_pixels(t=0.5):
-    """The example of section 2: two patches of one pixel each; patch 1, r = 1."""
+    """The example of section 2: two patches of one pixel each; the first, r = 1."""
     U = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
     return GaussianModel(U, np.array([1, 1 / 3]), np.array([[0], [1]]), s=0, r=1, t=t)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from theory.model import cost_unseen, token_cost
+from theory.model import variance_of_v, token_cost
 from theory.tokens import SHAPES_TIMES
 
 
@@ -46,7 +46,7 @@ def spectrum(total):
 
 
 def photos(path, native):
-    """Pixels of each photo, (H, W, 3); none is enlarged."""
+    """Pixels of each photo, (H, W, 3): as stored, or 256 x 256; none is enlarged."""
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
             if name.lower().endswith((".jpeg", ".jpg")):
@@ -56,10 +56,14 @@ def photos(path, native):
 
 
 def of_photos(path, kind, side):
-    """Prints how far the bounds are apart that either half of the photos gives."""
-    halves = [moments(cut(photo, side) for i, photo in enumerate(photos(path, kind == "native"))
-                      if i % 2 == half) for half in (0, 1)]
-    bounds = [[token_cost(cost_unseen(lam, t), k) for t in SHAPES_TIMES for k in (384, 768, 1152)]
+    """(3 side^2,): the eigenvalues.  Prints how far apart the bounds from two halves of the photos
+    are."""
+    halves = [0.0, 0.0]
+    for i, photo in enumerate(photos(path, kind == "native")):
+        halves[i % 2] += moments([cut(photo, side)])
+    if np.ndim(halves[1]) == 0:
+        raise SystemExit(f"{path} holds fewer than two JPEGs that can be used; give another zip")
+    bounds = [[token_cost(variance_of_v(lam, t), k) for t in SHAPES_TIMES for k in (384, 768, 1152)]
               for lam, _ in map(spectrum, halves)]
     apart = np.abs(np.subtract(*bounds)).max()
     print(f"photos, {kind}, {side} x {side}: {sum(halves)[0, 0]:.0f} patches; bounds from two "
@@ -75,7 +79,7 @@ def of_shapes(number=50_000, size=32, sides=(4, 8)):
                               for start in range(0, number, 1000)))
     for side in sides:
         patches = cut(np.arange(len(lam)).reshape(size, size, 3), side)
-        guesses = [[U[pixels] * cost_unseen(lam, t) @ U[pixels].T for pixels in patches]
+        guesses = [[U[pixels] * variance_of_v(lam, t) @ U[pixels].T for pixels in patches]
                    for t in SHAPES_TIMES]
         found[f"shapes_{side}"] = np.array([np.linalg.eigvalsh(guesses).mean(axis=1),
                                             np.linalg.eigvalsh(np.mean(guesses, axis=1))])

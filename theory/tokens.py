@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from theory.model import GaussianModel, cost_unseen, image_basis, image_decay, token_cost
+from theory.model import GaussianModel, variance_of_v, image_basis, image_decay, token_cost
 
 SHAPES_TIMES = np.arange(1, 20) / 20         # every other one is the middle of a tenth of t
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
@@ -68,4 +68,4 @@ def photo_bounds(name, k, t):
     """(at least, at most): v costs at least the first; x_0 at most the second, as E[x_0 | x_t]
     varies at most as much as x_0."""
     values = spectra()[name]
-    return token_cost(cost_unseen(values, t), k), token_cost(values, k) / t**2
+    return token_cost(variance_of_v(values, t), k), token_cost(values, k) / t**2
