@@ -60,6 +60,7 @@ def rates_of(rows, group, model):
 
 def format_mean(values, paired=False):
     """Mean ± standard deviation; of paired differences, ± standard error, bold beyond three."""
+    values = [round(x, 12) for x in values]                  # or 1.0 - 0.9 is not 0.9 - 0.8
     n = len(values)
     if n < 1 + paired:
         return "" if paired else "-"
@@ -67,7 +68,7 @@ def format_mean(values, paired=False):
     if paired:
         spread /= math.sqrt(n)
     # significant digits after the first: whichever needs more decimals decides
-    wanted = [(spread, 1)] if paired else [(mean, 2), (spread, 0)]
+    wanted = [(spread or mean, 1)] if paired else [(mean, 2), (spread, 0)]
     decimals = max([0, *(digits - math.floor(math.log10(abs(x))) for x, digits in wanted if x)])
     text = f"{mean:+.{decimals}f}" if paired else f"{mean:.{decimals}f}"
     text += f" ± {spread:.{decimals}f}" if n > 1 else ""

@@ -26,7 +26,7 @@ from experiments.report import (by_seed, differences, format_mean, rates_table, 
                                 table)
 from experiments.speed import cost
 from sample import OUR_WEIGHTS, load_model
-from theory.model import cost_unseen, image_decay
+from theory.model import variance_of_v, image_decay
 
 PAGE = (ROOT / "experiments" / "README.md").read_text()
 UNET = models.changes_of("U-Net", 8)
@@ -352,7 +352,7 @@ def test_gaussian_images_have_their_variances_and_a_network_of_zeros_its_excess(
     np.testing.assert_allclose(seen, gaussian.VARIANCES, rtol=0.2)
     found = gaussian.measure(SimpleNamespace(quick=False), None, Velocity(lambda x, t: 0 * x))
     for t in gaussian.TIMES:
-        expected = cost_unseen(gaussian.VARIANCES, t).mean()
+        expected = variance_of_v(gaussian.VARIANCES, t).mean()
         assert found[f"excess at t = {t}"] == pytest.approx(expected, rel=0.02)
 
 
@@ -477,6 +477,8 @@ def test_models_are_compared_in_pairs_of_one_seed():
     ([0.2312, 0.2304], "0.2308 ± 0.0006 (2 of 3)")])
 def test_means_have_the_digits_that_mean_something(numbers, text):
     assert format_mean(numbers) == text
+    equal = [1.0 - 0.999, 0.9 - 0.899, 0.5 - 0.499]          # but for rounding
+    assert format_mean(equal, paired=True) == "**+0.0010 ± 0.0000**"
 
 
 @given(st.floats(0.1, 10), st.floats(1e-3, 1))
