@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -186,6 +187,8 @@ LABELS = "must be whole numbers from 0 to 5, the null class; find_class() turns 
     ({"sampler": "ddim"}, "sampler='ddim' is not one of: euler, heun, ab2, sde"),
     ({"steps": 0}, "steps=0 must be at least 1"),
     ({"cfg": math.nan}, "cfg=nan finite"),
+    ({"cfg": math.inf}, "cfg=inf finite"),
+    ({"interval": (0.1, 1.5)}, "interval=(0.1, 1.5) must be"),
     ({"interval": (0.9, 0.1)}, "interval=(0.9, 0.1) must be (low, high) with 0 <= low <= high"),
     ({"interval": (math.nan, 1)}, "interval=(nan, 1) must be"),
     ({"size": (16, 17)}, "size=17 is not a multiple of patch_size=4; nearest that fit: 16, 20"),
@@ -203,9 +206,10 @@ def test_generate_refuses(model, change, answer):
     assert answer in line and "\n" not in line and len(line) < 300
 
 
-def test_images_that_are_not_numbers_have_diverged(model):
+@pytest.mark.parametrize("bias", [math.nan, 1e6])
+def test_images_that_are_not_numbers_or_are_far_off_have_diverged(model, bias):
     broken = copy.deepcopy(model)
-    torch.nn.init.constant_(broken.embed.bias, math.nan)
+    torch.nn.init.constant_(broken.output.head.out.bias, bias)
     with pytest.raises(FloatingPointError, match="diverged by t = 0.5, step 1 of 2"):
         generate(broken, [1], steps=2)
 
@@ -322,6 +326,20 @@ def test_a_row_of_the_grid_is_a_class_and_the_index_counts_through_the_grid(
     assert colours(tmp_path / "g.png", len(classes), n) == [
         [colour(c, n * row + j) for j in range(n)] for row, c in enumerate(classes)]
     assert max(len(labels) for labels, _, _ in flat_images) == (2 if words else 32)
+
+
+@pytest.mark.parametrize("K, drawn", [(3, [0, 1, 2]), (12, list(range(10)))])
+def test_at_most_ten_classes_are_drawn_and_a_folder_names_one(monkeypatch, tmp_path, flat_images,
+                                                              K, drawn):
+    model = DiP(SMALL.replace(num_classes=K))
+    torch.save(dict(config=asdict(model.config), step=1, options={}, model=model.state_dict(),
+                    ema=model.state_dict(), classes=[f"n{k}" for k in range(K)],
+                    names=[f"bird {k}" for k in range(K)]), tmp_path / "w.pt")
+    for words, expected in (("", drawn), ("--class n2", [2]), ("--class 'bird 1'", [1])):
+        flat_images.clear()
+        run(monkeypatch, sample, f"--ckpt {tmp_path}/w.pt --per-class 1 --out {tmp_path}/g.png",
+            words)
+        assert [label for labels, _, _ in flat_images for label in labels] == expected
 
 
 @pytest.mark.parametrize("words, compiled, expected", [

@@ -23,6 +23,7 @@ from matplotlib.patches import StepPatch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
+import sample
 import train
 from dip import HEADS, PRESETS, DiP, DiPConfig, flow_matching_loss
 from sample import blocks_of, draw_grid, load_model, random_stream
@@ -56,6 +57,7 @@ def test_training_and_validation_images_are_different():
     train_data, val_data = train.open_data(None, 16)
     seen = {val_data[j][0].tobytes() for j in range(20)}
     assert len(train_data) == 50_000 and len(val_data) == 1000
+    assert val_data.first >= train_data.first + len(train_data)          # no drawing is in both
     assert not any(train_data[i][0].tobytes() in seen for i in range(20))
 
 
@@ -82,6 +84,7 @@ LAYOUTS = {          # as people download them: files -> classes, or what the me
     "no folders": ("0.png 1.png readme.txt", "DATA"),
     "no folders, split": ("train/0.png val/1.png", "DATA"),
     "one folder": ("birds/0.png birds/1.png", "birds"),
+    "what tools leave beside splits": ("train/a/0.png train/b/0.png .git/c/0.png", "a b"),
     "what tools leave": ("a/0.png a/.ipynb_checkpoints/0.png b/0.png .git/c/0.png a/._0.png",
                          "a b"),
     "digits": ("train/0/0.png train/1/0.png train/10/0.png", "0 1 10"),
@@ -110,6 +113,7 @@ LAYOUTS = {          # as people download them: files -> classes, or what the me
                              "!found train/ beside b, c, d"),
     "YOLO": ("images/train/0.jpg labels/train/0.txt", "!folders without images: labels"),
     "EDM": ("00000/img00000000.png 00001/img00001000.png dataset.json", "!numbered folders"),
+    "EDM, words": ("a/img00000000.png b/img00001000.png dataset.json", "!numbered folders"),
     "FFHQ": ("00000/00000.png 01000/01000.png", "!put a letter before each name): 00000, 01000"),
     "one level too many": ("archive/cats/0.jpg archive/dogs/0.jpg", "!folders, archive: give that"),
     "loose images": ("a/0.png b/0.png cover.png", "!images beside folders: cover.png, a"),
@@ -335,6 +339,7 @@ def test_what_the_user_says_comes_before_the_recipe_and_names_the_folder():
     assert configured("--image-size 96", world=2)[0].batch_size == 8     # 7, for two processes
     # another head has its own default size, unless it is said
     assert (config.head, config.head_width, config.depth, config.image_size) == ("mlp", 0, 3, 128)
+    assert config.head_depth == 0
     assert configured("--set head=mlp head_width=16")[1].head_width == 16
     assert options.out == "runs/DiP-Nano-8-head-mlp-depth-3-128"
     assert configured("--set head=mlp --set depth=3 --image-size 128")[1] == config
@@ -472,13 +477,14 @@ def test_loss_png_shows_both_losses_and_both_by_t(tmp_path, twenty):
         warnings.simplefilter("error")
         patch.setattr(train, "Figure", lambda *a, **k: shown.append(Figure(*a, **k)) or shown[-1])
         train.draw_losses(tmp_path, 0)
-        (tmp_path / "log.jsonl").write_bytes((twenty[1] / "log.jsonl").read_bytes())
+        (tmp_path / "log.jsonl").write_bytes((twenty[1] / "log.jsonl").read_bytes() + (
+            b'{"step": 21, "loss": null}\n'))               # all of it was NaN
         train.draw_losses(tmp_path, 0.8)
     *panels, by_t = shown[-1].axes
     stairs = [patch for patch in by_t.patches if isinstance(patch, StepPatch)]
     for panel, step, key, title in zip(panels, stairs, ("loss", "val_loss"), (
             "training, mean logit t = 0.8", "validation, EMA, mean logit t = 0"), strict=True):
-        lines = [line for line in train.read_log(tmp_path) if key in line]
+        lines = [line for line in train.read_log(tmp_path) if line.get(key) is not None]
         assert panel.get_title() == step.get_label() == title
         assert panel.lines[0].get_xydata().tolist() == [[line["step"], line[key]] for line in lines]
         values = np.array(lines[-1][f"{key}_by_t"], dtype=float)
@@ -603,11 +609,13 @@ def test_the_encoder_is_frozen_and_sees_one_of_its_patches_for_16_pixels(tmp_pat
     assert encoder.dim == 6 and encoder(torch.zeros(2, 3, 64, 90)).shape == (2, 6, 4, 6)
     shown = []
     encoder.net.forward_features = lambda x: shown.append(x) or {
-        "x_norm_patchtokens": torch.zeros(len(x), 4, 6)}
+        "x_norm_patchtokens": torch.zeros(len(x), x[0, 0].numel() // 49, 6)}
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
     for x_0, expected in ((mean * 2 - 1, 0 * mean), (torch.ones(1, 3, 1, 1), (1 - mean) / std)):
         encoder(x_0.expand(1, 3, 32, 32))
         torch.testing.assert_close(shown[-1], expected.expand(1, 3, 14, 14), rtol=0, atol=1e-5)
+    encoder(torch.zeros(1, 3, 32, 64))                       # two patches high, four wide
+    assert shown[-1].shape == (1, 3, 14, 28)
     fine = torch.arange(32) % 3 - 1.0                        # stripes finer than its pixels
     encoder(fine.expand(1, 3, 32, 32))
     assert shown[-1][..., 2:-2].std(dim=-1).max() < 0.5
@@ -673,4 +681,6 @@ def test_the_authors_weights_are_trained_on(monkeypatch, tmp_path, capsys):
     for name, weight in given.state_dict().items():          # a step of Adam moves by lr
         if name != "label.weight":
             torch.testing.assert_close(state["model"][name], weight, rtol=0, atol=1.1e-4)
+    run(monkeypatch, sample, f"--ckpt {tmp_path}/dip.ckpt --save-weights {tmp_path}/small.pt")
+    assert load_model(tmp_path / "small.pt")[0].config == given.config
     assert f"{tmp_path}/dip.ckpt: 0.0" in capsys.readouterr().out

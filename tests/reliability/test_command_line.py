@@ -31,7 +31,8 @@ EMPTY = "it is empty; an unset variable?"
     ("--image-size 0", "--image-size: 0 must be finite, from 1 to inf; --help lists the options"),
     ("--model DiP-XXL", "--model: invalid choice: 'DiP-XXL' (choose from 'DiT-XL/16', "),
     ("--set hat=2", "--set='hat' is not one of: patch_size"),
-    ("--set image_size=64", "--set='image_size' is not one of: patch_size"),
+    *[(f"--set {name}=64", f"--set='{name}' is not one of: patch_size")
+      for name in ("image_size", "num_classes", "repa_dim")],
     *[(f"--set depth{value}", f"--set depth{value}: depth must be a whole number")
       for value in ("=two", "=2.5", "")],
     ("--set depth=-1", "depth=-1 must be a whole number, at least 1"),
@@ -45,7 +46,7 @@ EMPTY = "it is empty; an unset variable?"
       for option, value, low in (
           ("--steps", 0, 1), ("--batch-size", 0, 1), ("--micro-batch", -4, 1), ("--lr", -1, 0),
           ("--lr", "inf", 0), ("--lr", "nan", 0), ("--warmup", -1, 0), ("--cooldown", 500, 0),
-          ("--clip", "inf", 0), ("--ema", "nan", 0), ("--time-mean", "nan", -99),
+          ("--clip", "inf", 0), ("--ema", "nan", 0), ("--ema", 1.5, 0), ("--time-mean", "nan", -99),
           ("--label-dropout", 1, 0), ("--seed", -1, 0), ("--seed", 2**63, 0),
           ("--log-every", 0, 1), ("--sample-every", -5, 0), ("--save-every", 0, 1),
           ("--keep", 0, 1), ("--workers", -1, 0))],
@@ -127,8 +128,8 @@ ALL = "--num-samples takes all classes in turn; leave out --class, --per-class, 
     ("--class 1 --cfg 1e38", "the images diverged by t = 0.88, step 12 of 100; try a cfg below 1e"),
     ("--num-samples 4 --out s.png", "--out s.png must end in .png, or in .npz with --num-samples"),
     ("--out s.jpg", "--out s.jpg must end in .png, or in .npz with --num-samples"),
-    *[(f"--num-samples 4 {words}", ALL) for words in ("--class 1", "--per-class 2",
-                                                      "--trajectory")],
+    *[(f"--num-samples 4 {words}", ALL) for words in ("--class 1", "--per-class 2", "--trajectory",
+                                                      "--save-weights w.pt")],
     ("--steps 1 --class 1 --per-class 1 --out /proc/no/where.png", "/proc/no"),
     ("--device meta", "--device meta: "),
     *[(f"{option} ''", f"{option}: {EMPTY}") for option in ("--ckpt", "--out", "--save-weights")],
@@ -227,13 +228,14 @@ NO_FILE, NO_WEIGHTS = "is not a checkpoint, or not all of it is there", "is neit
     (lambda path, _: torch.save({"config": {}}, path), NO_WEIGHTS),
     (lambda path, _: torch.save({"w": torch.ones(2)}, path), NO_WEIGHTS),
     (changed(classes=["one"]), "classes and names are not 10 texts each"),
+    (changed(names=[*range(10)]), "classes and names are not 10 texts each"),
     (with_weights(lambda w: w.pop("embed.bias")), '"embed.bias"'),
     (with_weights(lambda w: w.update(new=torch.ones(1))), '"new"'),
     (with_weights(lambda w: w.update({"embed.bias": torch.ones(3)})), "size mismatch for embed.b"),
     (with_weights(lambda w: w["embed.bias"].fill_(torch.nan)), "weight embed.bias is not finite"),
     (with_weights(lambda w: w.clear()), NO_WEIGHTS),
-], ids=["text", "empty", "random", "zip", "list", "code", "other dict", "other weights", "names",
-        "missing", "unexpected", "shape", "nan", "no weights"])
+], ids=["text", "empty", "random", "zip", "list", "code", "other dict", "other weights", "classes",
+        "names", "missing", "unexpected", "shape", "nan", "no weights"])
 def test_sampling_refuses_what_is_not_a_checkpoint_of_its_model(monkeypatch, trained, tmp_path,
                                                                 write, answer):
     """In one line of at most 500 letters; no code of the file is run."""
