@@ -548,7 +548,7 @@ def from_release(weights):
     4. They rotate neighbouring pairs (2j, 2j + 1), column and row in turn; we rotate the pairs
        (i, i + d/2), rows first.  So we reorder the dimensions of queries and keys.
 
-    Raises KeyError, AssertionError or another error if the weights are not theirs.
+    Raises KeyError, ValueError or another error if the weights are not theirs.
     """
     if "embed.weight" in weights:            # converted once more, they would give -v
         raise ValueError("its names are those of dip.py, but it has no configuration; use a "
@@ -578,7 +578,8 @@ def from_release(weights):
     order = torch.arange(d).view(d // 4, 4)[:, [2, 0, 3, 1]].T.flatten()     # (d,)
     for name, weight in ours.items():
         if "q_norm" in name or "k_norm" in name:
-            assert len(weight) == d, f"{name} has {len(weight)} values, the first q_norm {d}"
+            if len(weight) != d:
+                raise ValueError(f"{name} has {len(weight)} values, the first q_norm {d}")
             ours[name] = weight[order]
         if "attention.qkv" in name:
             q, k, v = weight.unflatten(0, (3, D // d, d))                    # (heads, d, D) each

@@ -308,7 +308,7 @@ def list_images(folder):
                 continue
             if entry.is_dir():
                 folders.append(entry.path)
-            elif ending in ENDINGS:
+            elif ending in ENDINGS and (entry.is_file() or entry.is_symlink()):  # no named pipe
                 images.append(entry.path)
             else:
                 others[ending or "no ending"] += 1
@@ -538,9 +538,11 @@ def parse():
     options = parser.parse_args()
     if options.samples is None and (options.save_stats is None or options.json is not None):
         parser.error("SAMPLES is missing; without it, only --save-stats has something to do")
-    for file in (options.save_stats, options.json):
+    for name, file in (("--save-stats", options.save_stats), ("--json", options.json)):
         if file is not None and (Path(file).exists() or not Path(file).parent.is_dir()):
-            raise ValueError(f"'{file}' exists, or its folder does not; choose another name")
+            raise ValueError(f"{name} '{file}' exists, or its folder does not; choose another name")
+    if options.save_stats and options.save_stats == options.json:
+        raise ValueError(f"--save-stats and --json are both '{options.json}'; give two names")
     if options.batch < 1 or options.crop is not None and options.crop < 1:
         parser.error("--batch and --crop must be at least 1")
     return options
@@ -590,27 +592,25 @@ def main():
     for side in sides:
         if side.count:
             side.measure(net.to(device), options.batch, device)
-    if dist.get_rank() == 0:
-        report(sides, options, next(iter(known), None), device)
+    if dist.get_rank() == 0 and len(sides) == 2:
+        report(*sides, options, next(iter(known), None), device)
+    if dist.get_rank() == 0 and options.save_stats:
+        side = sides[0]
+        about = dict(n=side.n or 0, extractor_sha256=side.extractor or "")
+        write(options.save_stats, lambda file: np.savez(file, **side.statistics, **about))
+        print(f"wrote {options.save_stats}: statistics of {side}")
 
 
-def report(sides, options, extractor, device):
-    """Print the result, and write the files of --save-stats and --json."""
-    reference, samples = sides[0], sides[-1]
+def report(reference, samples, options, extractor, device):
+    """Print the result, and write the file of --json."""
     a, b = reference.statistics, samples.statistics
-    if options.save_stats:
-        known = dict(n=reference.n or 0, extractor_sha256=reference.extractor or "")
-        write(options.save_stats, lambda file: np.savez(file, **a, **known))
-        print(f"wrote {options.save_stats}: statistics of {reference}")
-    if len(sides) == 1:
-        return
     result = dict(reference=str(reference), samples=str(samples), extractor_sha256=extractor)
     if samples.count:
         result["Inception Score"] = inception_score(samples.probs)
     result["FID"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
     result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
     if reference.count and samples.count:
-        pools = (side.pool.to(device) for side in sides)
+        pools = (side.pool.to(device) for side in (reference, samples))
         result["Precision"], result["Recall"] = precision_recall(
             *pools, half=options.pr_dtype == "half")
     for name, value in result.items():

@@ -26,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 import zipfile
@@ -233,6 +234,9 @@ def sample_grid(model, names, options):
             kept = round((1 - t) * options.steps) % max(1, options.steps // 32) == 0
             seen[t] = to_uint8(x[:1] - t * v[:1]), to_uint8(x) if kept else None
 
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=options.out.parent):     # or an error, before the work
+        pass
     with tqdm(total=len(starts) * options.evaluations, desc="sampling") as bar:
         for start in starts:
             part = np.arange(start, min(start + options.batch, len(labels)))
@@ -325,15 +329,21 @@ def begin_export(parts, options, shape, batches):
     settings = json.dumps({**options.settings, "shape": shape, "batch": options.batch,
                            "ckpt": options.ckpt, "saved": Path(options.ckpt).stat().st_mtime,
                            "ema": options.ema, "device": options.device})
-    file = parts / "settings.json"
+    file, done = parts / "settings.json", parts / "done"
     if not file.exists():
+        others = {path.name for path in parts.glob("[!.]*")} - {"images.npy", "done"}
+        if others:
+            raise ValueError(f"{parts} holds {', '.join(sorted(others)[:3])}, and the export would "
+                             f"delete that folder; choose another --out")
         np.lib.format.open_memmap(parts / "images.npy", "w+", np.uint8, shape=shape)
-        (parts / "done").write_bytes(bytes(batches))         # a byte for each: 1 is done
+        save_atomically(done, lambda path: path.write_bytes(bytes(batches)))     # 1 means done
         save_atomically(file, lambda path: path.write_text(settings))
     elif file.read_text(errors="replace") != settings:
         raise ValueError(f"{parts} holds an unfinished export with other settings; delete it, or "
                          f"choose another --out")
-    return [b for b, done in enumerate((parts / "done").read_bytes()) if not done]
+    if len(done.read_bytes()) != batches:
+        raise ValueError(f"{done} is damaged; delete {parts} to draw all images again")
+    return [b for b, is_done in enumerate(done.read_bytes()) if not is_done]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -786,9 +796,10 @@ def run(main):
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
         mallopt(-1, -1)                      # M_TRIM_THRESHOLD: glibc keeps freed memory,
         mallopt(-4, 0)                       # M_MMAP_MAX: a tenth of the small model's time
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")     # None: it was closed
         stream.reconfigure(errors="replace")                 # a console may lack a class's letters
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+        setattr(sys, name, Terminal(stream))
     code = 1
     try:
         code = main() or 0

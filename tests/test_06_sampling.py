@@ -484,6 +484,11 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
     with refused:                            # the run went on
         export(monkeypatch, weights, out)
     os.utime(weights, ns=(saved.st_atime_ns, saved.st_mtime_ns))
+    marks = settings.with_name("done").read_bytes()
+    settings.with_name("done").write_bytes(marks[:-1])
+    with pytest.raises(ValueError, match="done is damaged; delete"):     # or black images
+        export(monkeypatch, weights, out)
+    settings.with_name("done").write_bytes(marks)
     monkeypatch.setattr(sample, "generate", lambda *arguments, **how: drawn.append(
         arguments) or generate(*arguments, **how))
     export(monkeypatch, weights, out)
@@ -492,6 +497,22 @@ def test_an_interrupted_export_continues_with_its_own_settings_and_weights_only(
     with pytest.raises(ValueError, match="s.npz exists; delete it, or choose another name"):
         export(monkeypatch, weights, out, "--seed 1")
     assert_is_export(out, exported)
+
+
+def test_a_folder_that_is_no_export_is_not_deleted(monkeypatch, trained, tmp_path):
+    (tmp_path / "s.npz.parts").mkdir()
+    (tmp_path / "s.npz.parts" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds mine.txt, and the export would delete that"):
+        export(monkeypatch, trained, tmp_path / "s.npz")
+    assert os.listdir(tmp_path) == ["s.npz.parts"]
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(monkeypatch, trained,
+                                                                        tmp_path, flat_images):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "g.png", "/proc/g.png"):
+        assert error_line(monkeypatch, sample, f"--ckpt {trained} --class 1 --out {out}")
+    assert not flat_images
 
 
 def test_a_batch_is_on_the_disk_before_it_is_marked_as_done(monkeypatch, trained, tmp_path):

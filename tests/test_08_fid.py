@@ -361,10 +361,11 @@ def test_a_folder_holds_each_image_below_it_once(monkeypatch, tmp_path, capsys):
     others = ["b/._1.png", "b/.ipynb_checkpoints/1.png", "b/notes.txt", "a/4.gif", "a/5.GIF", "a/x"]
     for name in (*names, *others):
         (tmp_path / "folder" / name).touch()
+    os.mkfifo(tmp_path / "folder" / "a" / "pipe.jpg")        # reading it would wait without end
     expected = [str(tmp_path / "folder" / name) for name in names]
     assert list_images(tmp_path / "folder") == expected
     line = capsys.readouterr().out
-    assert "read 6 images and skipped other files: 2 .gif, 1 no ending, 1 .txt\n" in line
+    assert "read 6 images and skipped other files: 2 .gif, 1 .jpg, 1 no ending, 1 .txt\n" in line
     assert line.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
     assert list_images(tmp_path / "folder") == expected and not capsys.readouterr().out
@@ -868,6 +869,7 @@ def test_bad_input_is_one_line_that_names_it(monkeypatch, album, small, tmp_path
     ("", "the following arguments are required: REFERENCE"),
     ("STATS", "SAMPLES is missing; without it, only --save-stats has something to do"),
     ("STATS --save-stats s.npz --json r.json", "SAMPLES is missing"),
+    ("STATS STATS --save-stats x --json x", "--save-stats and --json are both 'x'; give two names"),
     ("STATS STATS --batch 0", "--batch and --crop must be at least 1"),
     ("STATS STATS --crop 0", "--batch and --crop must be at least 1"),
     ("STATS STATS --crop 8", "--crop 8 is for folders of images, and there is none"),
@@ -897,20 +899,22 @@ def test_no_file_is_replaced(monkeypatch, album, tmp_path, option):
     for path in (tmp_path / "old", tmp_path, tmp_path / "nowhere" / "new", ""):
         line = error_line(monkeypatch, fid, album / "reference" / "folder",
                           album / "reference" / "both.npz", option, path or "''")
-        assert f"'{path}' exists, or its folder does not; choose another name" in line
+        assert f"{option} '{path}' exists, or its folder does not; choose another name" in line
     assert (tmp_path / "old").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_nothing_is_left_of_a_result_that_could_not_be_written(monkeypatch, album, small, tmp_path):
+def test_nothing_is_left_of_a_result_that_could_not_be_written(monkeypatch, album, small, tmp_path,
+                                                               capsys):
     """Catches half a file under the final name after a full disk."""
     def full(file, **arrays):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    line = error_line(monkeypatch, fid, album / "reference" / "statistics.npz", "--save-stats",
-                      tmp_path / "s.npz")
+    stats = album / "reference" / "statistics.npz"
+    line = error_line(monkeypatch, fid, stats, stats, "--save-stats", tmp_path / "s.npz")
     assert "No space left" in line and not list(tmp_path.iterdir())
+    assert "FID:" in capsys.readouterr().out                 # what was measured is not lost
 
 
 def npz_bytes(**arrays):

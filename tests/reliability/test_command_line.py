@@ -11,12 +11,14 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from commands import TINY, checkpoint, error_line, launch, outcome, run
+from commands import ROOT, TINY, checkpoint, error_line, launch, outcome, run
 from torch.distributed.run import get_args_parser
 
 import sample
@@ -293,6 +295,13 @@ def test_in_a_shell_an_error_is_one_line_and_a_code_whatever_letters_the_console
     warning, error = err.splitlines()
     assert code == 1 and warning.startswith("warning: ?/ckpt-00000002.pt is not a checkpoint")
     assert error.startswith("sample.py: error: --class '?' is unknown; did you mean ")
+
+
+def test_a_command_whose_terminal_was_closed_before_it_began_does_its_work(tmp_path, trained):
+    """As a daemon starts it: then sys.stdout and sys.stderr are None."""
+    command = f"{sys.executable} {ROOT}/sample.py --ckpt {trained} --class 1 --steps 1 --out g.png"
+    assert subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "g.png").exists()
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "fid", "experiments.__main__",
