@@ -25,10 +25,10 @@ LABELS = {"loss": "loss", "detail": "loss at t < 0.3", "frechet": "Fréchet dist
           **{f"excess at t = {t}": f"excess at t = {t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)}}
 ANSWER = {               # columns of the first table of README.md
     "ratio 0.33, shapes, 1000 steps": ("crossover", "16 of 48", 1000),
-    "wide, shapes, 2000 steps, cool-down": ("paths", "wide, shapes", 2000),
-    "wide, photos, 2000 steps, cool-down": ("paths", "wide, photos", 2000),
-    "wide, shapes, 8000 steps": ("heads", "wide, shapes, longer", 8000),
-    "paper's geometry, photos, 10,000 steps, cool-down": ("paths", "photos of 64", 10_000)}
+    "wide, shapes, 2000 steps": ("paths", "wide, shapes", 2000),
+    "wide, photos, 2000 steps": ("paths", "wide, photos", 2000),
+    "wide, shapes, 8000 steps": ("paths", "wide, shapes, longer", 8000),
+    "paper's geometry, photos, 10,000 steps": ("paths", "photos of 64", 10_000)}
 
 
 def read_rows(name, folder=HERE / "results"):
